@@ -1,0 +1,337 @@
+"""
+WAV: multi-resolution block residual routing for deep decoder-only Transformers, in one file.
+
+A decoder of L layers is a chain of 2L sublayers: attention, MLP, attention, MLP, ... Sublayer l reads
+an input h_l and returns an update u_l. A *residual variant* is the rule that builds h_l from the token
+embedding x_0 and the updates so far; everything else is the same ordinary decoder.
+
+    standard        the sum of all of them                                                        (1)
+    attnres         a softmax mixture of all of them: attention over depth instead of over time   (2)
+    block_attnres   the same mixture, over sums of blocks of sublayers: fewer, coarser sources    (3)
+    wav             block sums, and two details of each block: phase (attention minus MLP) and
+                    split (first half minus second half)                                          (6)
+
+Read on in this order: the decoder's ordinary parts, the basis that names a block's sources, the
+mixer, and GPT.forward, where the four variants differ. `python wav.py` prints the lesson in small.
+
+Letters in shapes: B batch, T time, D width, H heads, S sublayers of a block, N sources, K basis rows,
+V vocabulary.
+
+References
+    WAV v1                        https://arxiv.org/abs/2606.06564v1
+    Attention Residuals           https://arxiv.org/abs/2603.15031
+    RoPE, RMSNorm, SwiGLU         https://arxiv.org/abs/2104.09864, 1910.07467, 2002.05202
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+RESIDUALS = ("standard", "attnres", "block_attnres", "wav")
+
+
+@dataclass
+class GPTConfig:
+    """The shape of a model. Raises ValueError, in one line, for what cannot work."""
+
+    vocab_size: int
+    n_ctx: int = 128  # longest context, in tokens
+    n_layer: int = 12  # attention + MLP pairs: twice as many sublayers
+    n_head: int = 4
+    n_embd: int = 128  # D, the width of the residual stream
+    n_block: int = 4  # blocks of n_layer / n_block whole layers; attnres: only its schedule
+    residual: str = "wav"
+    detail_bias: float = -2.0  # where the logit bias of wav's details starts: e^-2 of a block sum
+    dropout: float = 0.0
+
+    def __post_init__(self):
+        for name in ("vocab_size", "n_ctx", "n_layer", "n_head", "n_embd", "n_block"):
+            value = getattr(self, name)
+            if type(value) is not int or value < 1:
+                raise ValueError(f"{name}={value!r} must be a positive integer")
+        if self.residual not in RESIDUALS:
+            raise ValueError(f"residual={self.residual!r} must be one of {', '.join(RESIDUALS)}")
+        if self.n_embd % self.n_head:
+            raise ValueError(f"n_embd={self.n_embd} must be divisible by n_head={self.n_head}")
+        if self.n_embd // self.n_head % 2:
+            raise ValueError(
+                f"n_embd={self.n_embd} / n_head={self.n_head} gives an odd head width: "
+                "RoPE rotates pairs, so it must be even"
+            )
+        if self.residual != "standard" and self.n_layer % self.n_block:
+            divisors = [n for n in range(1, self.n_layer + 1) if self.n_layer % n == 0]
+            raise ValueError(
+                f"n_block={self.n_block} must divide n_layer={self.n_layer}: try one of {divisors}"
+            )
+        if self.residual == "wav" and self.n_layer == self.n_block:
+            raise ValueError(
+                f"n_block={self.n_block} leaves one layer per block, where phase and split are the "
+                "same: wav needs two or more layers per block"
+            )
+        if not 0.0 <= self.dropout < 1.0:
+            raise ValueError(f"dropout={self.dropout} must be in [0, 1)")
+        if not math.isfinite(self.detail_bias):
+            raise ValueError(f"detail_bias={self.detail_bias} must be a finite number")
+
+
+# --------------------------------------------------------------------------------------------------
+# The ordinary decoder. A sublayer maps its input h (B, T, D) to its update (B, T, D).
+
+
+def inverse_rms(x):
+    """1 / root mean square over the last dimension, (..., D) -> (..., 1), in fp32."""
+    # As a norm it is one pass over x. The floor only keeps an all-zero vector from dividing by zero:
+    # at 97 sources the stream starts at a mean square of 4e-8, which the usual eps of 1e-6 would swamp.
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+    return x.size(-1) ** 0.5 / norm.clamp_min(1e-12)
+
+
+def rms_norm(x):
+    """RMSNorm without a gain: the linear layer that always follows would absorb it."""
+    return x * inverse_rms(x)
+
+
+class Attention(nn.Module):
+    """Causal multi-head attention with rotary positions and PreNorm."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.n_head, self.dropout = config.n_head, config.dropout
+        self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd, bias=False)
+        self.proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
+        head_width = config.n_embd // config.n_head
+        frequency = 10000.0 ** (-torch.arange(0, head_width, 2) / head_width)
+        angle = torch.outer(torch.arange(config.n_ctx), frequency)[:, None]  # (n_ctx, 1, D/H/2)
+        # RoPE turns the pair (a, b) to (a cos - b sin, b cos + a sin). With a in the first half of the
+        # head and b in the second, roll swaps them, and the signs go into the table of sines.
+        self.register_buffer("cos", torch.cat([angle.cos(), angle.cos()], -1), persistent=False)
+        self.register_buffer("sin", torch.cat([-angle.sin(), angle.sin()], -1), persistent=False)
+
+    def forward(self, h, cache=None):
+        (B, T, D), H = h.shape, self.n_head
+        past = cache[self][0].size(2) if cache else 0  # positions that the cache already holds
+        if past + T > len(self.cos):
+            raise ValueError(f"{past + T} positions are more than n_ctx={len(self.cos)}")
+        qk, v = self.qkv(rms_norm(h)).view(B, T, 3 * H, D // H).split([2 * H, H], dim=2)
+        swapped = qk.roll(D // H // 2, dims=-1)
+        cos, sin = self.cos[past : past + T], self.sin[past : past + T]
+        qk = torch.addcmul(qk * cos, swapped, sin)
+        q, k = qk.to(v.dtype).transpose(1, 2).chunk(2, dim=1)  # (B, H, T, D/H) each
+        v = v.transpose(1, 2)
+        mask = None
+        if cache is not None:
+            if past:
+                k = torch.cat([cache[self][0], k], dim=2)  # (B, H, past + T, D/H)
+                v = torch.cat([cache[self][1], v], dim=2)
+                mask = torch.ones(T, past + T, dtype=torch.bool, device=h.device).tril(past)
+            cache[self] = k, v
+        y = F.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask=mask,
+            is_causal=mask is None,
+            dropout_p=self.dropout if self.training else 0.0,
+        )
+        y = self.proj(y.transpose(1, 2).reshape(B, T, D))
+        return F.dropout(y, self.dropout, self.training)
+
+
+class MLP(nn.Module):
+    """SwiGLU with PreNorm. Its width of 8/3 D gives it the parameters of a plain 4 D MLP."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.dropout = config.dropout
+        width = 8 * math.ceil(config.n_embd / 3)
+        self.gate = nn.Linear(config.n_embd, width, bias=False)
+        self.up = nn.Linear(config.n_embd, width, bias=False)
+        self.down = nn.Linear(width, config.n_embd, bias=False)
+
+    def forward(self, h, cache=None):  # one position knows nothing of another: no use for the cache
+        h = rms_norm(h)
+        y = self.down(F.silu(self.gate(h)) * self.up(h))
+        return F.dropout(y, self.dropout, self.training)
+
+
+# --------------------------------------------------------------------------------------------------
+# Routing: what a block offers to later sublayers, and how a sublayer reads what it is offered.
+
+
+def basis(residual, S):
+    """The matrix W (K, S): a block with updates U (S, D) offers the K sources W U.            (5)
+
+    The rows of wav are Walsh functions over depth; phase and split sum to zero.
+    """
+    if residual == "attnres":
+        return torch.eye(S)
+    sublayer = torch.arange(S)
+    total = torch.ones(S)  # where the block moved the stream
+    phase = torch.where(sublayer % 2 == 0, 1.0, -1.0)  # attention minus MLP
+    split = torch.where(sublayer < S // 2, 1.0, -1.0)  # first half minus second half
+    return torch.stack([total, phase, split] if residual == "wav" else [total])
+
+
+def mix(sources, scale, query, bias=0.0):
+    """Softmax mixtures of N sources, one for each of S queries, token by token.
+
+    sources (N, B, T, D); scale (N, B, T, 1), their inverse_rms; query (S, D); bias (N, 1, 1, S).
+    Returns the S mixtures, each (B, T, D), and the S log-sum-exps of their logits, each (B, T).
+    The keys are RMS-normalised, w . RMSNorm(s) = (w . s) / rms(s); the values are the raw sources.
+    """
+    logits = (sources @ query.T) * scale + bias  # (N, B, T, S), in fp32 because scale is       (4)
+    if len(sources) == 1:
+        return [sources[0]] * len(query), logits[0].unbind(-1)  # a softmax over one source is 1
+    lse = logits.logsumexp(0)  # (B, T, S)
+    weights = (logits - lse).exp().to(sources.dtype)  # (N, B, T, S)
+    # For each token a product (S, N) @ (N, D): all the queries read the sources in one pass.
+    mixtures = weights.permute(1, 2, 3, 0).contiguous() @ sources.permute(1, 2, 0, 3)
+    return mixtures.unbind(2), lse.unbind(-1)
+
+
+class GPT(nn.Module):
+    """A decoder-only Transformer with a choice of residual variant.
+
+    A fork can rely on: embed; sublayers, 2L modules in depth order, each callable with its input h
+    alone; head; and, where the variant has them, query (2L+1, D), one for each sublayer and a last one
+    for the output, and detail_bias (2L+1, 2), for phase and split.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.embed = nn.Embedding(config.vocab_size, config.n_embd)
+        layers = [(Attention(config), MLP(config)) for _ in range(config.n_layer)]
+        self.sublayers = nn.ModuleList(sublayer for layer in layers for sublayer in layer)
+        self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        if config.residual != "standard":
+            n_query = len(self.sublayers) + 1
+            W = basis(config.residual, len(self.sublayers) // config.n_block)
+            self.register_buffer("basis", W, persistent=False)
+            self.query = nn.Parameter(torch.empty(n_query, config.n_embd))
+            if config.residual == "wav":
+                self.detail_bias = nn.Parameter(torch.empty(n_query, 2))
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self):
+        """The same weights from the same seed, whatever the residual.
+
+        embed, head, qkv, gate, up    normal, std 0.02
+        proj, down                    normal, std 0.02 / sqrt(2L): 2L updates add up in the stream
+        query                         zero: every mixture starts as a plain mean
+        detail_bias                   config.detail_bias: negative, so that details start low
+        """
+        for name, p in self.named_parameters():
+            if name == "query":
+                p.zero_()
+            elif name == "detail_bias":
+                p.fill_(self.config.detail_bias)
+            elif name.endswith(("proj.weight", "down.weight")):
+                p.normal_(std=0.02 / math.sqrt(len(self.sublayers)))
+            else:
+                p.normal_(std=0.02)
+
+    def forward(self, idx, targets=None, cache=None):
+        """Ids (B, T) to logits (B, T, V) and, given targets (B, T), the loss in nats per token.
+
+        cache: a dict, empty at first, that keeps the keys and values of the ids seen so far, so that
+        the next call gets the new ids alone. Raises ValueError where they exceed n_ctx.
+        """
+        x = self.embed(idx)  # (B, T, D), the x_0 of the method
+        if self.config.residual == "standard":
+            for sublayer in self.sublayers:
+                x = x + sublayer(x, cache)  # (1)
+        else:
+            x = self.route(x, cache)  # (2), (3)
+        logits = self.head(rms_norm(x))
+        if targets is None:
+            return logits, None
+        return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+    def queries(self, first, last, n_source):
+        """The queries first..last-1 (S, D) and their bias for n_source sources (N, 1, 1, S)."""
+        query = self.query[first:last]
+        if self.config.residual != "wav" or n_source == 1:
+            return query, 0.0
+        # c of (4): learned for phase and split, 0 for the sum before them and for x_0 before all.
+        bias = F.pad(self.detail_bias[first:last], (1, 0)).repeat(1, n_source // 3)
+        return query, F.pad(bias, (1, 0)).T[:, None, None]
+
+    def route(self, x, cache=None):
+        """The routed variants, from x_0 (B, T, D) to what the head reads (B, T, D).
+
+        Two phases, because a query is a parameter and not a function of the token: before a block
+        runs, all its queries read the completed sources at once; inside it only what the block itself
+        has made so far is new, and merging the two softmaxes is a sigmoid gate.
+        """
+        if torch.is_autocast_enabled(x.device.type):  # sources in bf16, statistics in fp32
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        residual, S, n_sublayer = self.config.residual, self.basis.size(1), len(self.sublayers)
+        sources, scale = x[None], inverse_rms(x)[None]  # completed: x_0, then K of each block
+        for first in range(0, n_sublayer, S):
+            past, past_lse = mix(sources, scale, *self.queries(first, first + S, len(sources)))
+            updates, running = [], 0
+            for j in range(S):
+                h = past[j]
+                if j > 0:
+                    (now,), (now_lse,) = mix(
+                        running, inverse_rms(running), self.query[first + j, None]
+                    )
+                    gate = torch.sigmoid(past_lse[j] - now_lse)[..., None]  # (B, T, 1)
+                    h = torch.lerp(now, h, gate.to(h.dtype))  # (7)
+                updates.append(self.sublayers[first + j](h, cache))
+                # What is new inside the block: each of its updates (2), or their running sum (3).
+                running = (
+                    torch.stack(updates) if residual == "attnres" else running + updates[-1][None]
+                )
+            made = torch.tensordot(self.basis.to(x.dtype), torch.stack(updates), 1)  # (5)
+            inverse = inverse_rms(made)  # (K, B, T, 1)
+            if residual == "wav":
+                gain = (
+                    inverse / inverse[0]
+                ).detach()  # rms(sum) / rms(detail); 1 for the sum   (6)
+                made, inverse = made * gain.to(made.dtype), inverse / gain
+            sources, scale = torch.cat([sources, made]), torch.cat([scale, inverse])
+        # The output reads every block with the last query, not only the last block.
+        (h,), _ = mix(sources, scale, *self.queries(n_sublayer, n_sublayer + 1, len(sources)))
+        return h
+
+    @torch.no_grad()
+    def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None):
+        """Yield max_new_tokens ids (B, 1) that go on from idx (B, T), one at a time.
+
+        Each costs one position through the layers: keys and values are cached, and routing, which
+        mixes over depth at one position, needs no cache. When n_ctx positions are full, the window
+        slides: it starts again from the last n_ctx / 2. So every id is drawn from the full forward's
+        logits of the window, which from then on is n_ctx / 2 to n_ctx long.
+        """
+        if not temperature > 0:
+            raise ValueError(f"temperature={temperature} must be above 0")
+        if top_k is not None and top_k < 1:
+            raise ValueError(f"top_k={top_k} must be 1 or more")
+        n_ctx, cache = self.config.n_ctx, {}
+        window = new = idx[:, -n_ctx:]
+        for _ in range(max_new_tokens):
+            if window.size(1) > n_ctx:
+                window = new = window[:, -max(1, n_ctx // 2) :]
+                cache = {}
+            logits = self(new, cache=cache)[0][:, -1].float() / temperature  # (B, V)
+            if top_k is not None:
+                least = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
+                logits = logits.masked_fill(logits < least, -math.inf)
+            new = torch.multinomial(logits.softmax(-1), num_samples=1)  # (B, 1)
+            window = torch.cat([window, new], dim=1)
+            yield new
+
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None):
+        """idx (B, T) and max_new_tokens more ids: (B, T + max_new_tokens). See stream."""
+        return torch.cat([idx, *self.stream(idx, max_new_tokens, temperature, top_k)], dim=1)
+
+    def compile(self, **options):
+        """torch.compile the regions that repeat, not their 2L repetitions unrolled."""
+        for sublayer in self.sublayers:
+            sublayer.compile(**options)
