@@ -112,7 +112,8 @@ class Attention(nn.Module):
 
     def forward(self, h, cache=None):
         (B, T, D), H = h.shape, self.n_head
-        past = cache[self][0].size(2) if cache else 0  # positions that the cache already holds
+        seen = cache.get(self) if cache else None  # the keys and values of earlier calls
+        past = seen[0].size(2) if seen else 0
         if past + T > len(self.cos):
             raise ValueError(f"{past + T} positions are more than n_ctx={len(self.cos)}")
         qk, v = self.qkv(rms_norm(h)).view(B, T, 3 * H, D // H).split([2 * H, H], dim=2)
@@ -122,11 +123,10 @@ class Attention(nn.Module):
         q, k = qk.to(v.dtype).transpose(1, 2).chunk(2, dim=1)  # (B, H, T, D/H) each
         v = v.transpose(1, 2)
         mask = None
+        if seen:
+            k, v = torch.cat([seen[0], k], dim=2), torch.cat([seen[1], v], dim=2)
+            mask = torch.ones(T, past + T, dtype=torch.bool, device=h.device).tril(past)
         if cache is not None:
-            if past:
-                k = torch.cat([cache[self][0], k], dim=2)  # (B, H, past + T, D/H)
-                v = torch.cat([cache[self][1], v], dim=2)
-                mask = torch.ones(T, past + T, dtype=torch.bool, device=h.device).tril(past)
             cache[self] = k, v
         y = F.scaled_dot_product_attention(
             q,
