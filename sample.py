@@ -7,9 +7,9 @@ Text from a trained model, character by character, or the map of what its sublay
 """
 
 import argparse
+import math
 import pickle
 import sys
-from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -34,7 +34,7 @@ def load_checkpoint(path, device="cpu"):
         raise ValueError(
             f"{path} is refused: it holds more than tensors and plain values"
         ) from None
-    except Exception as error:  # a damaged file fails in many ways
+    except Exception as error:  # noqa: BLE001 (a damaged file fails in many ways)
         raise ValueError(f"{path} is not a whole checkpoint ({type(error).__name__})") from None
     try:
         config = GPTConfig(**checkpoint["config"])
@@ -45,10 +45,12 @@ def load_checkpoint(path, device="cpu"):
         if sum(name.endswith("proj.weight") for name in weights) != config.n_layer:
             raise ValueError(f"its tensors are not those of {config.n_layer} layers")
         with torch.device("meta"):
-            GPT(config).load_state_dict(weights)
+            claimed = {name: w.shape for name, w in GPT(config).state_dict().items()}
+        if claimed != {name: w.shape for name, w in weights.items()}:
+            raise ValueError("its tensors are not of the shapes that its config claims")
         model = GPT(config).to(device)
         model.load_state_dict(weights)
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001
         reason = str(error).split("\n")[0]
         raise ValueError(f"{path} is not a checkpoint of train.py: {reason}") from None
     return model.eval(), checkpoint
@@ -86,6 +88,101 @@ def write_sample(model, chars, prompt, n_chars, temperature=1.0, top_k=None):
     print()
 
 
+def print_routing(model, checkpoint, data_dir, n_windows=16):
+    """The mixing weights on validation text, in percent: a row for each sublayer and the output, a
+    column for each source. Then their sums by kind of source, now and at initialisation."""
+    config, settings = model.config, checkpoint["settings"]
+    _, val_ids, chars = data.load(settings["dataset"], data_dir or settings["data_dir"])
+    if chars != checkpoint["chars"]:
+        raise ValueError(f"dataset={settings['dataset']!r} is not the text of this checkpoint")
+    starts = data.even_starts(val_ids, config.n_ctx, n_windows)
+    idx, _ = data.windows(data.to_device(val_ids, model.embed.weight.device), config.n_ctx, starts)
+    weights, names = model.routing(idx)
+    with torch.no_grad():  # what the same model read before it learned to choose
+        model.query.zero_()
+        if config.residual == "wav":
+            model.detail_bias.fill_(config.detail_bias)
+    before, _ = model.routing(idx)
+
+    n_sublayer, S = 2 * config.n_layer, model.basis.size(1)
+    figures = len(names) <= 40  # the 97 columns of a deep attnres have room for the shades alone
+    print(f"{config.residual}, {config.n_layer} layers: mixing weights in percent")
+    if figures:
+        short = [name[:3] + name.partition(" ")[2] for name in names]
+        print(" " * 13 + "".join(f"{name:>5}" for name in short))
+    for row in range(n_sublayer + 1):
+        kind = "output" if row == n_sublayer else ("attention", "MLP")[row % 2] + f" {row // 2 + 1}"
+        print(f"{kind:13}" + "".join(cell(w, figures) for w in weights[row].tolist()).rstrip())
+
+    kinds = list(dict.fromkeys(name.split()[0] for name in names))
+    print("\nthe same by kind of source (and at initialisation)")
+    print(" " * 20 + "".join(f"{kind:>14}" for kind in kinds))
+    for row in range(0, n_sublayer + 1, S):
+        last = row == n_sublayer
+        for j, reader in enumerate(["output"] if last else ["attention", "MLP"]):
+            text = f"{'' if last else f'block {row // S + 1}':9}{reader:11}"
+            for kind in kinds:
+                columns = [i for i, name in enumerate(names) if name.split()[0] == kind]
+                now, then = (
+                    100 * w[row + j : row + S : 2, columns].sum(1).mean() for w in (weights, before)
+                )
+                text += f"{now:7.1f} ({then:4.1f})"
+            print(text)
+
+
+def cell(weight, figure):
+    """A weight from 0 to 1 as a shade and, with room for it, a figure in percent."""
+    shade = " ░▒▓█"[math.ceil(4 * min(1.0, 1.6 * weight))]
+    if not figure:
+        return shade
+    return f" {shade}{100 * weight:3.0f}" if weight else " " * 5
+
+
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    parser.error = one_line
+    parser.add_argument("--out_dir", help="the run to sample from (default: the latest under out/)")
+    parser.add_argument("--prompt", default="", help="text to go on from (default: a new line)")
+    parser.add_argument(
+        "--n_chars", type=int, default=500, help="characters to make (default: 500)"
+    )
+    parser.add_argument("--n_samples", type=int, default=1, help="texts to make (default: 1)")
+    parser.add_argument(
+        "--temperature", type=float, default=0.8, help="1 as trained (default: 0.8)"
+    )
+    parser.add_argument("--top_k", type=int, help="draw from the k likeliest only (default: all)")
+    parser.add_argument("--seed", type=int, default=1, help="the same seed makes the same text")
+    parser.add_argument("--routing", action="store_true", help="print what each sublayer reads")
+    parser.add_argument(
+        "--data_dir", help="for --routing: where downloads are (default: as trained)"
+    )
     args = parser.parse_args()
+    for name in ("n_chars", "n_samples"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"{name}={getattr(args, name)} must be 1 or more")
+    out_dir = Path(args.out_dir) if args.out_dir else latest_run()
+    model, checkpoint = load_checkpoint(out_dir / "best.pt")
+    if args.routing:
+        print_routing(model, checkpoint, args.data_dir)
+        return
+    torch.manual_seed(args.seed)
+    for i in range(args.n_samples):
+        if i:
+            print("-" * 80)
+        write_sample(
+            model, checkpoint["chars"], args.prompt, args.n_chars, args.temperature, args.top_k
+        )
+
+
+def one_line(message):
+    raise ValueError(message)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        print("error:", *str(error).split(), file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -30,7 +30,6 @@ import data
 from sample import load_checkpoint, write_sample
 from wav import GPT, GPTConfig
 
-
 LOG_HEADER = "step,train_loss,val_loss,learning_rate,chars_per_second,seconds\n"
 # What a resumed run cannot change: the model, the data and their order.
 FIXED = (

@@ -192,6 +192,39 @@ def mix(sources, scale, query, bias=0.0):
     return mixtures.unbind(2), lse.unbind(-1)
 
 
+def step(sublayer, past, past_lse, running, scale, query, cache=None):
+    """Phase 2: merge what the history says with what the block has made so far, and run a sublayer.
+
+    past (B, T, D) and past_lse (B, T), the sublayer's mixture from phase 1; running (N, B, T, D) and
+    scale (N, B, T, 1), the running sources, or None at the start of a block; query (D).
+    Two softmaxes merge by their log-sum-exps into the softmax over both: a sigmoid gate.
+    """
+    h = past
+    if running is not None:
+        (now,), (now_lse,) = mix(running, scale, query[None])
+        gate = torch.sigmoid(past_lse - now_lse)[..., None]  # (B, T, 1)
+        h = torch.lerp(now, past, gate.to(past.dtype))  # now + gate * (past - now)             (7)
+    return sublayer(h, cache)
+
+
+def offer(W, updates, match):
+    """What a completed block offers: its sources (K, B, T, D) and their inverse_rms (K, B, T, 1).
+
+    With match, each detail gets the magnitude of its block's sum, token by token, and no gradient
+    flows through that factor.
+    """
+    made = torch.tensordot(
+        W.to(updates[0].dtype), torch.stack(updates), 1
+    )  # W U                (5)
+    scale = inverse_rms(made)
+    if match:
+        gain = (
+            scale / scale[0]
+        ).detach()  # rms(sum) / rms(detail), which is 1 for the sum      (6)
+        made, scale = made * gain.to(made.dtype), scale / gain
+    return made, scale
+
+
 class GPT(nn.Module):
     """A decoder-only Transformer with a choice of residual variant.
 
@@ -214,6 +247,7 @@ class GPT(nn.Module):
             self.query = nn.Parameter(torch.empty(n_query, config.n_embd))
             if config.residual == "wav":
                 self.detail_bias = nn.Parameter(torch.empty(n_query, 2))
+        self.mix, self.step, self.offer = mix, step, offer  # compile() replaces them
         self.init_weights()
 
     @torch.no_grad()
@@ -270,34 +304,27 @@ class GPT(nn.Module):
         """
         if torch.is_autocast_enabled(x.device.type):  # sources in bf16, statistics in fp32
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        residual, S, n_sublayer = self.config.residual, self.basis.size(1), len(self.sublayers)
+        full = self.config.residual == "attnres"
+        S, n_sublayer = self.basis.size(1), len(self.sublayers)
         sources, scale = x[None], inverse_rms(x)[None]  # completed: x_0, then K of each block
         for first in range(0, n_sublayer, S):
-            past, past_lse = mix(sources, scale, *self.queries(first, first + S, len(sources)))
-            updates, running = [], 0
+            past, past_lse = self.mix(sources, scale, *self.queries(first, first + S, len(sources)))
+            updates, running, running_scale = [], None, None
             for j in range(S):
-                h = past[j]
-                if j > 0:
-                    (now,), (now_lse,) = mix(
-                        running, inverse_rms(running), self.query[first + j, None]
-                    )
-                    gate = torch.sigmoid(past_lse[j] - now_lse)[..., None]  # (B, T, 1)
-                    h = torch.lerp(now, h, gate.to(h.dtype))  # (7)
-                updates.append(self.sublayers[first + j](h, cache))
-                # What is new inside the block: each of its updates (2), or their running sum (3).
-                running = (
-                    torch.stack(updates) if residual == "attnres" else running + updates[-1][None]
-                )
-            made = torch.tensordot(self.basis.to(x.dtype), torch.stack(updates), 1)  # (5)
-            inverse = inverse_rms(made)  # (K, B, T, 1)
-            if residual == "wav":
-                gain = (
-                    inverse / inverse[0]
-                ).detach()  # rms(sum) / rms(detail); 1 for the sum   (6)
-                made, inverse = made * gain.to(made.dtype), inverse / gain
-            sources, scale = torch.cat([sources, made]), torch.cat([scale, inverse])
+                sublayer, query = self.sublayers[first + j], self.query[first + j]
+                u = self.step(sublayer, past[j], past_lse[j], running, running_scale, query, cache)
+                updates.append(u)
+                if full:  # what is new inside the block: each of its updates (2)
+                    new = inverse_rms(u)[None]
+                    running_scale = torch.cat([running_scale, new]) if j > 0 else new
+                    running = torch.stack(updates)
+                else:  # or their running sum (3)
+                    running = running + u if j > 0 else u[None]
+                    running_scale = inverse_rms(running)
+            made, made_scale = self.offer(self.basis, updates, self.config.residual == "wav")
+            sources, scale = torch.cat([sources, made]), torch.cat([scale, made_scale])
         # The output reads every block with the last query, not only the last block.
-        (h,), _ = mix(sources, scale, *self.queries(n_sublayer, n_sublayer + 1, len(sources)))
+        (h,), _ = self.mix(sources, scale, *self.queries(n_sublayer, n_sublayer + 1, len(sources)))
         return h
 
     @torch.no_grad()
@@ -331,7 +358,90 @@ class GPT(nn.Module):
         """idx (B, T) and max_new_tokens more ids: (B, T + max_new_tokens). See stream."""
         return torch.cat([idx, *self.stream(idx, max_new_tokens, temperature, top_k)], dim=1)
 
+    @torch.no_grad()
+    def routing(self, idx):
+        """What each sublayer reads: the mixing weights of (4), averaged over the ids idx (B, T).
+
+        Returns weights (2L+1, N), a row for each sublayer and one for the output, each with sum 1, and
+        the N names of the sources. Raises ValueError for the standard residual, which mixes nothing.
+        """
+        if self.config.residual == "standard":
+            raise ValueError("residual='standard' has no routing to show: every weight is 1")
+        updates = []
+        hooks = [f.register_forward_hook(lambda f, h, u: updates.append(u)) for f in self.sublayers]
+        self(idx)
+        for hook in hooks:
+            hook.remove()
+        full, (K, S) = self.config.residual == "attnres", self.basis.shape
+        kinds = ("sum", "phase", "split")[:K]
+        names = [f"{kind} {block + 1}" for block in range(self.config.n_block) for kind in kinds]
+        names = [f"u {l + 1}" for l in range(len(updates))] if full else [*names, "running"]
+        weights = torch.zeros(len(updates) + 1, 1 + len(names), device=idx.device)
+        sources = self.embed(idx)[None]
+        for l in range(len(updates) + 1):  # one softmax at a time, by the letter of (4)
+            now = updates[l - l % S : l]
+            if l and not now:
+                made, _ = self.offer(self.basis, updates[l - S : l], K == 3 and not full)
+                sources = torch.cat([sources, made])
+            if now:
+                now = torch.stack(now) if full else sum(now)[None]
+            seen = torch.cat([sources, now]) if len(now) else sources
+            query, bias = self.queries(l, l + 1, len(sources))
+            logits = seen @ query[0] * inverse_rms(seen)[..., 0]  # (N, B, T)
+            if torch.is_tensor(bias):
+                logits[: len(sources)] += bias[..., 0]
+            mean = logits.softmax(0).mean((1, 2))
+            weights[l, : len(sources)] = mean[: len(sources)]
+            if len(now):
+                column = len(sources) if full else -1
+                weights[l, column:][: len(now)] = mean[len(sources) :]
+        return weights, ["x0", *names]
+
     def compile(self, **options):
         """torch.compile the regions that repeat, not their 2L repetitions unrolled."""
-        for sublayer in self.sublayers:
-            sublayer.compile(**options)
+        if self.config.residual == "standard":
+            for sublayer in self.sublayers:
+                sublayer.compile(**options)
+        else:
+            self.mix, self.step, self.offer = (
+                torch.compile(f, **options) for f in (mix, step, offer)
+            )
+
+
+def main():
+    """The lesson in small."""
+    n_layer = 12
+    print(
+        "What a block of two layers offers, as sums of its updates (attention, MLP, attention, MLP):"
+    )
+    for residual in RESIDUALS[1:]:
+        W = basis(residual, 4)
+        names = ("sum", "phase", "split") if len(W) < 4 else ("u1", "u2", "u3", "u4")
+        for name, row in zip(names, W.tolist()):
+            print(
+                f"  {residual:14} {name:6}",
+                *(f"{weight:+.0f}" if weight else " 0" for weight in row),
+            )
+    print(
+        f"\n{n_layer} layers of width 128: parameters, and how far the logits are from standard's at init"
+    )
+    idx = torch.randint(65, (2, 64), generator=torch.Generator().manual_seed(1))
+    for residual in RESIDUALS:
+        torch.manual_seed(1)
+        model = GPT(GPTConfig(65, n_layer=n_layer, residual=residual)).eval()
+        with torch.no_grad():
+            logits, _ = model(idx)
+        n_params = sum(p.numel() for p in model.parameters())
+        if residual == "standard":
+            standard, n_standard = logits, n_params
+        difference = (logits - standard).abs().max()
+        added = n_params - n_standard
+        print(
+            f"  {residual:14} {n_params:,}, of them routing {added:5,} ({added / n_params:.2%});"
+            f" largest difference {difference:.1e}"
+        )
+    print(f"Logits have a standard deviation of {standard.std():.2f}; wav differs by its details.")
+
+
+if __name__ == "__main__":
+    main()
