@@ -8,6 +8,7 @@ Text from a trained model, character by character, or the map of what its sublay
 
 import argparse
 import math
+import os
 import pickle
 import sys
 from pathlib import Path
@@ -138,7 +139,7 @@ def cell(weight, figure):
     return f" {shade}{100 * weight:3.0f}" if weight else " " * 5
 
 
-def main():
+def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
     parser.error = one_line
     parser.add_argument("--out_dir", help="the run to sample from (default: the latest under out/)")
@@ -156,7 +157,7 @@ def main():
     parser.add_argument(
         "--data_dir", help="for --routing: where downloads are (default: as trained)"
     )
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     for name in ("n_chars", "n_samples"):
         if getattr(args, name) < 1:
             raise ValueError(f"{name}={getattr(args, name)} must be 1 or more")
@@ -178,11 +179,18 @@ def one_line(message):
     raise ValueError(message)
 
 
-if __name__ == "__main__":
+def run(main, argv=None):
+    """Run a script's main: its exit status, with what a user can mend printed as one line."""
     try:
-        main()
-    except (ValueError, OSError) as error:
-        print("error:", *str(error).split(), file=sys.stderr)
-        sys.exit(2)
+        main(argv)
+        return 0
+    except (ValueError, OSError, FloatingPointError, torch.OutOfMemoryError) as error:
+        if int(os.environ.get("RANK", "0")) == 0:  # under torchrun, one process speaks for all
+            print("error:", *str(error).split(), file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
-        sys.exit(130)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

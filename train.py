@@ -27,7 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import data
-from sample import load_checkpoint, write_sample
+from sample import load_checkpoint, one_line, run, write_sample
 from wav import GPT, GPTConfig
 
 LOG_HEADER = "step,train_loss,val_loss,learning_rate,chars_per_second,seconds\n"
@@ -80,7 +80,7 @@ class Settings:
 def parse(argv=None):
     """The command line as a dict of the settings that it gives, and nothing else."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
-    parser.error = lambda message: (_ for _ in ()).throw(ValueError(message))
+    parser.error = one_line
     for f in fields(Settings):
         default = "" if f.default in ("", None) else f" (default: {f.default})"
         how = {"type": f.type, "metavar": f.type.__name__}
@@ -205,11 +205,11 @@ def peak_memory(device):
     return peak / (1e6 if sys.platform == "darwin" else 1e3)
 
 
-def main():
+def main(argv=None):
     # ----------------------------------------------------------------------------------------------
     # Settings: the command line, over those of the checkpoint to resume, over the defaults.
 
-    given = parse()
+    given = parse(argv)
     s = Settings(**given)
     s.out_dir = s.out_dir or f"out/{Path(s.dataset).stem}-{s.residual}-{s.n_layer}x{s.n_embd}"
     out_dir, checkpoint = Path(s.out_dir), None
@@ -493,11 +493,4 @@ def say(message):
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError, FloatingPointError, torch.OutOfMemoryError) as error:
-        message = " ".join(str(error).split())
-        say(f"error: {message}")
-        sys.exit(1 if isinstance(error, FloatingPointError) else 2)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    sys.exit(run(main))
