@@ -310,11 +310,14 @@ class GPT(nn.Module):
             past, past_lse = self.mix(sources, scale, *self.queries(first, first + S, len(sources)))
             updates, running = [], None
             for j in range(S):
-                if j > 0:  # new inside the block: each of its updates (2), or their running sum (3)
-                    total = total + updates[-1] if j > 1 else updates[0]
-                    running = torch.stack(updates) if full else total[None]
                 sublayer, query = self.sublayers[first + j], self.query[first + j]
-                updates.append(self.step(sublayer, past[j], past_lse[j], running, query, cache))
+                u = self.step(sublayer, past[j], past_lse[j], running, query, cache)
+                updates.append(u)
+                # New inside the block, for its next sublayer: its updates (2), or their sum (3).
+                if full:
+                    running = torch.stack(updates)
+                else:
+                    running = running + u if j > 0 else u[None]
             made, made_scale = self.offer(self.basis, updates, self.config.residual == "wav")
             sources, scale = torch.cat([sources, made]), torch.cat([scale, made_scale])
         # The output reads every block with the last query, not only the last block.
