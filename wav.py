@@ -50,8 +50,8 @@ class GPTConfig:
     def __post_init__(self):
         for name in ("vocab_size", "n_ctx", "n_layer", "n_head", "n_embd", "n_block"):
             value = getattr(self, name)
-            if type(value) is not int or value < 1:
-                raise ValueError(f"{name}={value!r} must be a positive integer")
+            if type(value) is not int or not 1 <= value <= 1_000_000:
+                raise ValueError(f"{name}={value!r} must be an integer from 1 to 1,000,000")
         if self.residual not in RESIDUALS:
             raise ValueError(f"residual={self.residual!r} must be one of {', '.join(RESIDUALS)}")
         if self.n_embd % self.n_head:
@@ -82,10 +82,11 @@ class GPTConfig:
 
 
 def inverse_rms(x):
-    """1 / root mean square over the last dimension, (..., D) -> (..., 1), in fp32."""
+    """1 / root mean square over the last dimension, (..., D) -> (..., 1), in fp32 or better."""
     # As a norm it is one pass over x. The floor only keeps an all-zero vector from dividing by zero:
     # at 97 sources the stream starts at a mean square of 4e-8, which the usual eps of 1e-6 would swamp.
-    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+    dtype = torch.promote_types(x.dtype, torch.float32)  # bf16 is summed in fp32
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=dtype)
     return x.size(-1) ** 0.5 / norm.clamp_min(1e-12)
 
 
