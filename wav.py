@@ -86,8 +86,8 @@ def inverse_rms(x):
     # As a norm it is one pass over x. The floor only keeps an all-zero vector from dividing by zero:
     # at 97 sources the stream starts at a mean square of 4e-8, which the usual eps of 1e-6 would swamp.
     dtype = torch.promote_types(x.dtype, torch.float32)  # bf16 is summed in fp32
-    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=dtype)
-    return x.size(-1) ** 0.5 / norm.clamp_min(1e-12)
+    rms = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=dtype) / x.size(-1) ** 0.5
+    return rms.clamp_min(1e-12).reciprocal()
 
 
 def rms_norm(x):
@@ -126,7 +126,8 @@ class Attention(nn.Module):
         mask = None
         if seen:
             k, v = torch.cat([seen[0], k], dim=2), torch.cat([seen[1], v], dim=2)
-            mask = torch.ones(T, past + T, dtype=torch.bool, device=h.device).tril(past)
+            if T > 1:  # a single new position sees all
+                mask = torch.ones(T, past + T, dtype=torch.bool, device=h.device).tril(past)
         if cache is not None:
             cache[self] = k, v
         y = F.scaled_dot_product_attention(
@@ -134,7 +135,7 @@ class Attention(nn.Module):
             k,
             v,
             attn_mask=mask,
-            is_causal=mask is None,
+            is_causal=not seen,
             dropout_p=self.dropout if self.training else 0.0,
         )
         y = self.proj(y.transpose(1, 2).reshape(B, T, D))
@@ -176,7 +177,7 @@ def basis(residual, S):
     return torch.stack([total, phase, split] if residual == "wav" else [total])
 
 
-def mix(sources, scale, query, bias=0.0):
+def mix(sources, scale, query, bias=None):
     """Softmax mixtures of N sources, one for each of S queries, token by token.
 
     sources (N, B, T, D); scale (N, B, T, 1), their inverse_rms; query (S, D); bias (N, 1, 1, S).
@@ -185,7 +186,9 @@ def mix(sources, scale, query, bias=0.0):
     """
     # A single query is a vector to multiply by: as a matrix of one column it takes 5 times as long.
     dots = sources @ query.T if len(query) > 1 else (sources @ query[0])[..., None]  # (N, B, T, S)
-    logits = dots * scale + bias  # in fp32 under autocast too, because scale is               (4)
+    logits = dots * scale  # in fp32 under autocast too, because scale is                       (4)
+    if bias is not None:
+        logits = logits + bias
     if len(sources) == 1:
         return [sources[0]] * len(query), logits[0].unbind(-1)  # a softmax over one source is 1
     lse = logits.logsumexp(0)  # (B, T, S)
@@ -290,7 +293,7 @@ class GPT(nn.Module):
         """The queries first..last-1 (S, D) and their bias for n_source sources (N, 1, 1, S)."""
         query = self.query[first:last]
         if self.config.residual != "wav" or n_source == 1:
-            return query, 0.0
+            return query, None
         # c of (4): learned for phase and split, 0 for the sum before them and for x_0 before all.
         bias = F.pad(self.detail_bias[first:last], (1, 0)).repeat(1, n_source // 3)
         return query, F.pad(bias, (1, 0)).T[:, None, None]
@@ -386,7 +389,7 @@ class GPT(nn.Module):
             seen = torch.cat([sources, now]) if len(now) else sources
             query, bias = self.queries(l, l + 1, len(sources))
             logits = seen @ query[0] * inverse_rms(seen)[..., 0]  # (N, B, T)
-            if torch.is_tensor(bias):
+            if bias is not None:
                 logits[: len(sources)] += bias[..., 0]
             mean = logits.softmax(0).mean((1, 2))
             weights[l, : len(sources)] = mean[: len(sources)]
