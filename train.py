@@ -38,8 +38,8 @@ FIXED = (
 )
 
 
-def flag(default, help):
-    return field(default=default, metadata={"help": help})
+def flag(default, help, low=None, high=math.inf):
+    return field(default=default, metadata={"help": help, "low": low, "high": high})
 
 
 @dataclass
@@ -57,19 +57,21 @@ class Settings:
     n_block: int = flag(4, "blocks that the layers are cut into")
     detail_bias: float = flag(-2.0, "where the logit bias of wav's details starts")
     dropout: float = flag(0.0, "dropout probability")
-    batch_size: int = flag(16, "windows of n_ctx characters in a batch, over all processes")
-    grad_accum: int = flag(1, "batches in a step")
-    max_iters: int = flag(500, "steps")
-    learning_rate: float = flag(3e-3, "peak learning rate")
-    min_lr: float = flag(3e-4, "learning rate at the end of the cosine")
-    warmup_iters: int = flag(50, "steps of linear warm-up")
-    weight_decay: float = flag(0.1, "of matrices; vectors, queries and biases have none")
-    beta1: float = flag(0.9, "AdamW")
-    beta2: float = flag(0.95, "AdamW")
-    grad_clip: float = flag(1.0, "largest gradient norm; 0 for no clipping")
-    eval_interval: int = flag(100, "steps between evaluations, which also save")
-    eval_batches: int = flag(20, "batches in an evaluation")
-    seed: int = flag(1, "of initialisation, batches and dropout")
+    batch_size: int = flag(
+        16, "windows of n_ctx characters in a batch, over all processes", 1, 10**6
+    )
+    grad_accum: int = flag(1, "batches in a step", 1, 10**6)
+    max_iters: int = flag(500, "steps", 1)
+    learning_rate: float = flag(3e-3, "peak learning rate", 0, 1000)
+    min_lr: float = flag(3e-4, "learning rate at the end of the cosine", 0, 1000)
+    warmup_iters: int = flag(50, "steps of linear warm-up", 0)
+    weight_decay: float = flag(0.1, "of matrices; vectors, queries and biases have none", 0, 1000)
+    beta1: float = flag(0.9, "AdamW", 0, 0.9999)
+    beta2: float = flag(0.95, "AdamW", 0, 0.9999)
+    grad_clip: float = flag(1.0, "largest gradient norm; 0 for no clipping", 0)
+    eval_interval: int = flag(100, "steps between evaluations, which also save", 1)
+    eval_batches: int = flag(20, "batches in an evaluation", 1, 10**6)
+    seed: int = flag(1, "of initialisation, batches and dropout", 0, 2**63 - 1)
     device: str = flag("auto", "auto, cpu, mps, cuda or cuda:N")
     dtype: str = flag("auto", "float32 or bfloat16 (autocast); auto: bfloat16 where the GPU has it")
     compile: bool = flag(None, "torch.compile (default: on CUDA only)")
@@ -99,57 +101,45 @@ def boolean(text):
 
 def check(s):
     """Raise ValueError for the first setting that cannot work. GPTConfig checks the model's own."""
-    limits = {
-        "batch_size": (1, 1_000_000),
-        "grad_accum": (1, 1_000_000),
-        "max_iters": (1, 10**12),
-        "eval_interval": (1, 10**12),
-        "eval_batches": (1, 1_000_000),
-        "warmup_iters": (0, 10**12),
-        "seed": (0, 2**63 - 1),
-        "learning_rate": (0, 1e3),
-        "min_lr": (0, 1e3),
-        "weight_decay": (0, 1e3),
-        "beta1": (0, 0.999999),
-        "beta2": (0, 0.999999),
-        "grad_clip": (0, 1e9),
-    }
-    for name, (low, high) in limits.items():
-        value = getattr(s, name)
-        if not low <= value <= high:  # a nan fails too
-            raise ValueError(f"{name}={value} must be from {low:,} to {high:,}")
+    for f in fields(Settings):
+        value, low, high = getattr(s, f.name), f.metadata["low"], f.metadata["high"]
+        if low is not None and not (low <= value <= high and value < math.inf):  # nan fails too
+            upper = "" if high == math.inf else f" and at most {high:,}"
+            raise ValueError(f"{f.name}={value} must be at least {low}{upper}")
     if s.dtype not in ("auto", "float32", "bfloat16"):
         raise ValueError(f"dtype={s.dtype!r} must be auto, float32 or bfloat16")
 
 
-def pick_device(name, rank, world):
-    """The torch.device of this process."""
+def pick_device(name, world):
+    """The torch.device of this process, one of `world`."""
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # processes on this machine
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-        if name == "cpu" and torch.backends.mps.is_available() and world == 1:
-            name = "mps"
+        mps = torch.backends.mps.is_available() and world == 1
+        name = "cuda" if gpus else "mps" if mps else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError:
         device = None
     if device is None or device.type not in ("cpu", "cuda", "mps"):
         raise ValueError(f"device={name!r} must be auto, cpu, mps, cuda or cuda:N")
-    if device.type == "mps" and not torch.backends.mps.is_available():
-        raise ValueError("device='mps' is not there: try --device cpu")
-    if device.type == "cuda":
-        n_gpu = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        if (device.index or 0) >= n_gpu:
-            raise ValueError(f"device={name!r} is not there: {n_gpu} CUDA devices found")
-        if world > 1 and device.index is not None:
-            raise ValueError(f"device={name!r} names one GPU for {world} processes: say cuda")
-        if world > n_gpu:
-            raise ValueError(
-                f"{world} processes for {n_gpu} GPUs: --nproc_per_node={n_gpu} at most"
-            )
-        if world == 1 and n_gpu > 1:
-            print(f"using one of {n_gpu} GPUs: torchrun --nproc_per_node={n_gpu} uses them all")
-        device = torch.device("cuda", rank if world > 1 else device.index or 0)
-        torch.cuda.set_device(device)
+    if device.type == "mps" and (world > 1 or not torch.backends.mps.is_available()):
+        raise ValueError(
+            "device='mps' is not there, or not for several processes: try --device cpu"
+        )
+    if device.type != "cuda":
+        return device
+    if (device.index or 0) >= gpus:
+        raise ValueError(f"device={name!r} is not there: {gpus} CUDA devices found")
+    if world > 1 and device.index is not None:
+        raise ValueError(f"device={name!r} is one GPU for {world} processes: say cuda")
+    if local > gpus:
+        raise ValueError(f"{local} processes for {gpus} GPUs: --nproc_per_node={gpus} at most")
+    if local < gpus:
+        say(f"using {local} of {gpus} GPUs: torchrun --nproc_per_node={gpus} uses them all")
+    if world > 1:
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    torch.cuda.set_device(device)
     return device
 
 
@@ -199,8 +189,10 @@ def peak_memory(device):
     """Peak memory of this process in MB: the device's on CUDA, else the resident set."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e6
-    import resource  # not on Windows
-
+    try:
+        import resource
+    except ImportError:  # Windows has none
+        return math.nan
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (1e6 if sys.platform == "darwin" else 1e3)
 
@@ -225,6 +217,10 @@ def main(argv=None):
                     "leave it out, or start another run with --out_dir"
                 )
         s = Settings(**{**before, **given, "out_dir": s.out_dir})
+        if checkpoint["step"] >= s.max_iters:
+            raise ValueError(
+                f"{out_dir} has done its {s.max_iters} steps: ask for more --max_iters"
+            )
     elif not s.overwrite and any((out_dir / name).exists() for name in ("ckpt.pt", "best.pt")):
         raise ValueError(
             f"{out_dir} holds a run: --resume goes on with it, --out_dir starts another, "
@@ -239,16 +235,15 @@ def main(argv=None):
     first = rank == 0  # the process that evaluates, logs and writes
     if s.batch_size % world:
         raise ValueError(f"batch_size={s.batch_size} must be divisible by the {world} processes")
-    device = pick_device(s.device, int(os.environ.get("LOCAL_RANK", "0")), world)
+    device = pick_device(s.device, world)
     if world > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         control = dist.new_group(backend="gloo")  # for words between hosts, off the GPU
     on_cuda = device.type == "cuda"
-    if s.dtype == "auto":
-        s.dtype = "bfloat16" if on_cuda and torch.cuda.is_bf16_supported() else "float32"
-    if s.compile is None:
-        s.compile = on_cuda
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=s.dtype == "bfloat16")
+    dtype = s.dtype
+    if dtype == "auto":
+        dtype = "bfloat16" if on_cuda and torch.cuda.is_bf16_supported() else "float32"
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16")
     torch.set_float32_matmul_precision("high")  # TF32 for what stays in fp32 on a GPU
 
     # ----------------------------------------------------------------------------------------------
@@ -285,7 +280,7 @@ def main(argv=None):
     if not checkpoint:
         model = GPT(config)
     model.to(device).train()
-    if s.compile:
+    if on_cuda if s.compile is None else s.compile:
         began = time.perf_counter()
         weights = {name: p.clone() for name, p in model.state_dict().items()}
         model.compile()
@@ -319,7 +314,7 @@ def main(argv=None):
         torch.set_rng_state(checkpoint["rng"])
         if on_cuda and checkpoint["cuda_rng"] is not None:
             torch.cuda.set_rng_state(checkpoint["cuda_rng"], device)
-    network = model if world == 1 else DistributedDataParallel(model, [device] if on_cuda else None)
+    network = model if world == 1 else DistributedDataParallel(model, broadcast_buffers=False)
 
     # ----------------------------------------------------------------------------------------------
     # The run's folder
@@ -365,10 +360,9 @@ def main(argv=None):
         stopped_by = number
 
     stopped_by = 0
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, stop_later)
+    before = {n: signal.signal(n, stop_later) for n in (signal.SIGINT, signal.SIGTERM)}
     n_params = sum(p.numel() for p in model.parameters())
-    say(f"{s.residual}, {n_params:,} parameters, {s.dtype} on {device}, into {out_dir}/")
+    say(f"{s.residual}, {n_params:,} parameters, {dtype} on {device}, into {out_dir}/")
     chars_per_step = s.grad_accum * s.batch_size * s.n_ctx
     val, timed_chars, timed_seconds = math.nan, 0, 0.0
     bar = tqdm(total=s.max_iters, initial=step, disable=not first, unit="step")
@@ -412,12 +406,14 @@ def main(argv=None):
         train_loss = finite_mean(losses, step)
         now = shown = time.perf_counter()
         speed = (step - timed_step) * chars_per_step / (now - timed)
-        bar.set_postfix_str(f"loss {losses[-1]:.4f}, val {val:.4f}, {speed:,.0f} chars/s")
+        loss = losses[-1].item()
+        bar.set_postfix_str(f"loss {loss:.4f}, val {val:.4f}, {speed:,.0f} chars/s")
         if not (due or stopped_by):
             continue
         elapsed += now - began
-        timed_chars += (step - timed_step) * chars_per_step
-        timed_seconds += now - timed
+        if step > warm:
+            timed_chars += (step - timed_step) * chars_per_step
+            timed_seconds += now - timed
         if due:
             if world > 1:
                 word = torch.tensor(train_loss / world)
@@ -425,9 +421,9 @@ def main(argv=None):
                 train_loss = word.item()
             losses = []
             if first:
-                val = evaluate(
-                    model, val_ids, val_starts.reshape(-1, s.batch_size // world), s, autocast
-                )
+                starts = val_starts.reshape(-1, s.batch_size // world)
+                val = finite_mean([evaluate(model, val_ids, starts, s, autocast)], step)
+                bar.set_postfix_str(f"loss {loss:.4f}, val {val:.4f}, {speed:,.0f} chars/s")
                 with open(log, "a") as file:
                     file.write(
                         f"{step},{train_loss:.6f},{val:.6f},{lr:.6g},{speed:.0f},{elapsed:.1f}\n"
@@ -440,11 +436,13 @@ def main(argv=None):
         began = timed = time.perf_counter()
         timed_step = step
     bar.close()
+    for number, handler in before.items():
+        signal.signal(number, handler)
     if world > 1:
         dist.destroy_process_group()
     if not first:
         return
-    if stopped_by:
+    if stopped_by and step < s.max_iters:
         say(
             f"stopped at step {step:,} and saved: the same command with --resume goes on from there"
         )
@@ -470,11 +468,11 @@ def evaluate(model, ids, starts, s, autocast):
     with autocast:
         losses = [model(*data.windows(ids, s.n_ctx, batch))[1] for batch in starts]
     model.train()
-    return torch.stack(losses).mean().item()
+    return torch.stack(losses).mean()
 
 
 def finite_mean(losses, step):
-    """The mean of the steps' losses, the last of them that of `step`; FloatingPointError for a nan."""
+    """The mean of the losses of the steps up to `step`; FloatingPointError if one is not finite."""
     losses = torch.stack(losses)
     bad = (~losses.isfinite()).nonzero()
     if len(bad):
