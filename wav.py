@@ -31,6 +31,11 @@ import torch.nn.functional as F
 from torch import nn
 
 RESIDUALS = ("standard", "attnres", "block_attnres", "wav")
+KINDS = (
+    "sum",
+    "phase",
+    "split",
+)  # the sources that wav has of a block; block_attnres has the first
 
 
 @dataclass
@@ -374,29 +379,26 @@ class GPT(nn.Module):
         for hook in hooks:
             hook.remove()
         full, (K, S) = self.config.residual == "attnres", self.basis.shape
-        kinds = ("sum", "phase", "split")[:K]
-        names = [f"{kind} {block + 1}" for block in range(self.config.n_block) for kind in kinds]
-        names = [f"u {l + 1}" for l in range(len(updates))] if full else [*names, "running"]
-        weights = torch.zeros(len(updates) + 1, 1 + len(names), device=idx.device)
-        sources = self.embed(idx)[None]
-        for l in range(len(updates) + 1):  # one softmax at a time, by the letter of (4)
-            now = updates[l - l % S : l]
-            if l and not now:
-                made, _ = self.offer(self.basis, updates[l - S : l], K == 3 and not full)
-                sources = torch.cat([sources, made])
-            if now:
-                now = torch.stack(now) if full else sum(now)[None]
-            seen = torch.cat([sources, now]) if len(now) else sources
-            query, bias = self.queries(l, l + 1, len(sources))
-            logits = seen @ query[0] * inverse_rms(seen)[..., 0]  # (N, B, T)
-            if bias is not None:
-                logits[: len(sources)] += bias[..., 0]
-            mean = logits.softmax(0).mean((1, 2))
-            weights[l, : len(sources)] = mean[: len(sources)]
-            if len(now):
-                column = len(sources) if full else -1
-                weights[l, column:][: len(now)] = mean[len(sources) :]
-        return weights, ["x0", *names]
+        U = torch.stack(updates).unflatten(0, (-1, S))  # (n_block, S, B, T, D)
+        made = [self.offer(self.basis, u.unbind(), self.config.residual == "wav")[0] for u in U]
+        sources = torch.cat([self.embed(idx)[None], *made])  # all there are, (N, B, T, D)
+        l = torch.arange(len(updates) + 1, device=idx.device)
+        query, bias = self.queries(0, len(l), len(sources))
+        logits = (sources @ query.T) * inverse_rms(sources)  # (N, B, T, 2L+1)
+        if bias is not None:
+            logits = logits + bias
+        n_visible = 1 + (l if full else l // S * K)
+        names = ["x0"] + [f"u {i + 1}" for i in range(len(updates))]
+        late = torch.arange(len(sources), device=idx.device)[:, None] >= n_visible  # (N, 2L+1)
+        logits = logits.masked_fill(late[:, None, None], -math.inf)
+        if not full:
+            names = ["x0"] + [f"{kind} {k + 1}" for k in range(len(U)) for kind in KINDS[:K]]
+            names.append("running")
+            p = F.pad((U.cumsum(1) - U).flatten(0, 1), (0, 0, 0, 0, 0, 0, 0, 1))  # (2L+1, B, T, D)
+            running = (p * query[:, None, None]).sum(-1, keepdim=True) * inverse_rms(p)
+            running[::S] = -math.inf  # there is none at the start of a block
+            logits = torch.cat([logits, running.permute(3, 1, 2, 0)])
+        return logits.softmax(0).mean((1, 2)).T, names
 
     def compile(self, **options):
         """torch.compile the regions that repeat, not their 2L repetitions unrolled."""
@@ -411,37 +413,26 @@ class GPT(nn.Module):
 
 def main():
     """The lesson in small."""
-    n_layer = 12
+    print("A block of two layers offers, as sums of its updates (attention, MLP, attention, MLP):")
+    for residual, names in zip(RESIDUALS[1:], (("u1", "u2", "u3", "u4"), KINDS[:1], KINDS)):
+        for name, row in zip(names, basis(residual, 4).int().tolist()):
+            print(f"  {residual:14} {name:6}", *(f"{w:+d}" if w else " 0" for w in row))
     print(
-        "What a block of two layers offers, as sums of its updates (attention, MLP, attention, MLP):"
-    )
-    for residual in RESIDUALS[1:]:
-        W = basis(residual, 4)
-        names = ("sum", "phase", "split") if len(W) < 4 else ("u1", "u2", "u3", "u4")
-        for name, row in zip(names, W.tolist()):
-            print(
-                f"  {residual:14} {name:6}",
-                *(f"{weight:+.0f}" if weight else " 0" for weight in row),
-            )
-    print(
-        f"\n{n_layer} layers of width 128: parameters, and how far the logits are from standard's at init"
+        "12 layers of width 128: parameters, and the largest difference from standard's logits at init"
     )
     idx = torch.randint(65, (2, 64), generator=torch.Generator().manual_seed(1))
-    for residual in RESIDUALS:
+    for residual, bias in [*((residual, -2.0) for residual in RESIDUALS), ("wav", -100.0)]:
         torch.manual_seed(1)
-        model = GPT(GPTConfig(65, n_layer=n_layer, residual=residual)).eval()
-        with torch.no_grad():
-            logits, _ = model(idx)
-        n_params = sum(p.numel() for p in model.parameters())
+        model = GPT(GPTConfig(65, residual=residual, detail_bias=bias)).eval()
+        logits, n_params = model(idx)[0].detach(), sum(p.numel() for p in model.parameters())
         if residual == "standard":
             standard, n_standard = logits, n_params
-        difference = (logits - standard).abs().max()
-        added = n_params - n_standard
+        name = residual if bias == -2.0 else f"wav, detail_bias {bias:.0f}"
+        added, difference = n_params - n_standard, (logits - standard).abs().max()
         print(
-            f"  {residual:14} {n_params:,}, of them routing {added:5,} ({added / n_params:.2%});"
-            f" largest difference {difference:.1e}"
+            f"  {name:23} {n_params:,}, routing {added:5,} ({added / n_params:.2%})  {difference:.1e}"
         )
-    print(f"Logits have a standard deviation of {standard.std():.2f}; wav differs by its details.")
+    print(f"(the logits have a standard deviation of {standard.std():.2f})")
 
 
 if __name__ == "__main__":
