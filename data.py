@@ -15,6 +15,7 @@ import http.client
 import os
 import urllib.request
 import zipfile
+import zlib
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -101,6 +102,8 @@ def pydoc():
 
 
 def text_file(path):
+    if path.is_dir():
+        raise ValueError(f"{path} is a directory: give the path of a text file")
     beside = path.with_name(f"{path.stem}_valid{path.suffix}")
     if beside.exists():
         return read(path), read(beside)
@@ -131,10 +134,13 @@ def tinystories(data_dir):
 def text8(data_dir):
     archive = data_dir / "text8.zip"
     download(TEXT8_URL, archive, check_text8)
-    with zipfile.ZipFile(archive) as z:
-        if "text8" not in z.namelist():
-            raise ValueError(f"{archive} holds no file named text8: delete it to download it again")
-        text = z.read("text8").decode("ascii")  # read by its name: nothing is unpacked to a path
+    try:
+        with zipfile.ZipFile(archive) as z:
+            text = z.read("text8").decode("ascii")  # read by its name: nothing is unpacked
+    except (zipfile.BadZipFile, zlib.error, KeyError, EOFError, UnicodeDecodeError) as error:
+        raise ValueError(
+            f"{archive} is damaged ({error}): delete it to download it again"
+        ) from None
     return text[:90_000_000], text[90_000_000:95_000_000]
 
 
@@ -167,7 +173,8 @@ def download(url, path, check, first=None):
         os.replace(part, path)
     except (OSError, ValueError, http.client.HTTPException) as error:
         raise OSError(
-            f"download of {url} failed: {error} (--dataset pydoc needs no network)"
+            f"download of {url} failed: {' '.join(str(error).split())} "
+            "(--dataset pydoc needs no network)"
         ) from None
     finally:
         part.unlink(missing_ok=True)

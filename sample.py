@@ -40,6 +40,8 @@ def load_checkpoint(path, device="cpu"):
     try:
         config = GPTConfig(**checkpoint["config"])
         weights, chars = checkpoint["model"], checkpoint["chars"]
+        if type(checkpoint["settings"]) is not dict:
+            raise ValueError("it has no settings")
         if len(chars) != config.vocab_size or sorted(set(chars)) != list(chars):
             raise ValueError(f"{len(chars)} characters for a vocabulary of {config.vocab_size}")
         # Compare before anything is allocated: a config may claim far more than its tensors hold.
@@ -49,6 +51,8 @@ def load_checkpoint(path, device="cpu"):
             claimed = {name: w.shape for name, w in GPT(config).state_dict().items()}
         if claimed != {name: w.shape for name, w in weights.items()}:
             raise ValueError("its tensors are not of the shapes that its config claims")
+        if not all(w.is_contiguous() for w in weights.values()):
+            raise ValueError("its tensors hold less than they claim")
         model = GPT(config).to(device)
         model.load_state_dict(weights)
     except Exception as error:  # noqa: BLE001
@@ -82,8 +86,8 @@ def encode(prompt, chars):
 
 def write_sample(model, chars, prompt, n_chars, temperature=1.0, top_k=None):
     """Print the prompt and n_chars characters after it, each as soon as it is made."""
-    print(prompt, end="", flush=True)
     idx = encode(prompt, chars).to(model.embed.weight.device)
+    print(prompt, end="", flush=True)
     for i in model.stream(idx, n_chars, temperature, top_k):
         print(chars[i.item()], end="", flush=True)
     print()
@@ -161,6 +165,8 @@ def main(argv=None):
     for name in ("n_chars", "n_samples"):
         if getattr(args, name) < 1:
             raise ValueError(f"{name}={getattr(args, name)} must be 1 or more")
+    if not -(2**63) <= args.seed < 2**64:
+        raise ValueError(f"seed={args.seed} must have 64 bits at most")
     out_dir = Path(args.out_dir) if args.out_dir else latest_run()
     model, checkpoint = load_checkpoint(out_dir / "best.pt")
     if args.routing:
@@ -184,12 +190,14 @@ def run(main, argv=None):
     try:
         main(argv)
         return 0
-    except (ValueError, OSError, FloatingPointError, torch.OutOfMemoryError) as error:
-        if int(os.environ.get("RANK", "0")) == 0:  # under torchrun, one process speaks for all
-            print("error:", *str(error).split(), file=sys.stderr)
-        return 2
+    except (ValueError, OSError, MemoryError, FloatingPointError, torch.OutOfMemoryError) as error:
+        message = str(error).split()
     except KeyboardInterrupt:
         return 130
+    # Out of the except clause the frames of main are gone: a progress bar has ended its line.
+    if int(os.environ.get("RANK", "0")) == 0:  # under torchrun, one process speaks for all
+        print("error:", *message, file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":

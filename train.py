@@ -37,6 +37,17 @@ FIXED = (
     *("dropout", "batch_size", "grad_accum", "seed"),
 )
 
+# What a checkpoint holds beside the model, for a run to go on.
+RESUMABLE = {
+    "text": str,
+    "optimizer": dict,
+    "step": int,
+    "elapsed": float,
+    "best": float,
+    "losses": torch.Tensor,
+    "rng": torch.Tensor,
+}
+
 
 def flag(default, help, low=None, high=math.inf):
     return field(default=default, metadata={"help": help, "low": low, "high": high})
@@ -209,6 +220,9 @@ def main(argv=None):
         if not (out_dir / "ckpt.pt").exists():
             raise ValueError(f"nothing to resume in {out_dir}: no ckpt.pt there")
         model, checkpoint = load_checkpoint(out_dir / "ckpt.pt")
+        for name, kind in RESUMABLE.items():
+            if type(checkpoint.get(name)) is not kind:
+                raise ValueError(f"{out_dir / 'ckpt.pt'} cannot be resumed: no whole {name} in it")
         before = checkpoint["settings"]
         for name in FIXED:
             if given.get(name, before[name]) != before[name]:
@@ -320,6 +334,11 @@ def main(argv=None):
     # The run's folder
 
     def save(*names):
+        if not all(p.isfinite().all() for p in model.parameters()):
+            raise FloatingPointError(
+                f"the weights are not finite after step {step}: try a lower --learning_rate or a "
+                "longer --warmup_iters; the last checkpoint is as it was"
+            )
         content = io.BytesIO()
         torch.save(
             {

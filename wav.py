@@ -78,8 +78,8 @@ class GPTConfig:
             )
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"dropout={self.dropout} must be in [0, 1)")
-        if not math.isfinite(self.detail_bias):
-            raise ValueError(f"detail_bias={self.detail_bias} must be a finite number")
+        if not -1000 <= self.detail_bias <= 1000:
+            raise ValueError(f"detail_bias={self.detail_bias} must be from -1000 to 1000")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -352,7 +352,9 @@ class GPT(nn.Module):
             if window.size(1) > n_ctx:
                 window = new = window[:, -max(1, n_ctx // 2) :]
                 cache = {}
-            logits = self(new, cache=cache)[0][:, -1].float() / temperature  # (B, V)
+            logits = self(new, cache=cache)[0][:, -1].float()  # (B, V)
+            # Below 0 before they are divided: a tiny temperature makes no inf - inf of them.
+            logits = (logits - logits.amax(-1, keepdim=True)) / max(temperature, 1e-30)
             if top_k is not None:
                 least = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
                 logits = logits.masked_fill(logits < least, -math.inf)
