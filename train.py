@@ -72,9 +72,9 @@ class Settings:
         16, "windows of n_ctx characters in a batch, over all processes", 1, 10**6
     )
     grad_accum: int = flag(1, "batches in a step", 1, 10**6)
-    max_iters: int = flag(500, "steps", 1)
-    learning_rate: float = flag(3e-3, "peak learning rate", 0, 1000)
-    min_lr: float = flag(3e-4, "learning rate at the end of the cosine", 0, 1000)
+    max_iters: int = flag(800, "steps", 1)
+    learning_rate: float = flag(4e-3, "peak learning rate", 0, 1000)
+    min_lr: float = flag(4e-4, "learning rate at the end of the cosine", 0, 1000)
     warmup_iters: int = flag(50, "steps of linear warm-up", 0)
     weight_decay: float = flag(0.1, "of matrices; vectors, queries and biases have none", 0, 1000)
     beta1: float = flag(0.9, "AdamW", 0, 0.9999)
@@ -233,9 +233,9 @@ def main(argv=None):
         s = Settings(**{**before, **given, "out_dir": s.out_dir})
         if checkpoint["step"] >= s.max_iters:
             raise ValueError(
-                f"{out_dir} has done its {s.max_iters} steps: ask for more --max_iters"
+                f"{out_dir} has done {checkpoint['step']:,} steps: give a larger --max_iters"
             )
-    elif not s.overwrite and any((out_dir / name).exists() for name in ("ckpt.pt", "best.pt")):
+    elif not s.overwrite and (out_dir / "ckpt.pt").exists():
         raise ValueError(
             f"{out_dir} holds a run: --resume goes on with it, --out_dir starts another, "
             "--overwrite replaces it"

@@ -100,21 +100,28 @@ def rms_norm(x):
     return x * inverse_rms(x)
 
 
+def rope_table(n_ctx, head_width):
+    """Cosines and sines (n_ctx, 1, D/H) of rotary positions.
+
+    RoPE turns the pair (a, b) to (a cos - b sin, b cos + a sin). With a in the first half of a head and
+    b in the second, a roll by half the head swaps them, and the signs are those of the sines.
+    """
+    frequency = 10000.0 ** (-torch.arange(0, head_width, 2) / head_width)
+    angle = torch.outer(torch.arange(n_ctx), frequency)[:, None]  # (n_ctx, 1, D/H/2)
+    cos, sin = angle.cos(), angle.sin()
+    return torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
+
+
 class Attention(nn.Module):
     """Causal multi-head attention with rotary positions and PreNorm."""
 
-    def __init__(self, config):
+    def __init__(self, config, cos, sin):
         super().__init__()
         self.n_head, self.dropout = config.n_head, config.dropout
         self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd, bias=False)
         self.proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
-        head_width = config.n_embd // config.n_head
-        frequency = 10000.0 ** (-torch.arange(0, head_width, 2) / head_width)
-        angle = torch.outer(torch.arange(config.n_ctx), frequency)[:, None]  # (n_ctx, 1, D/H/2)
-        # RoPE turns the pair (a, b) to (a cos - b sin, b cos + a sin). With a in the first half of the
-        # head and b in the second, roll swaps them, and the signs go into the table of sines.
-        self.register_buffer("cos", torch.cat([angle.cos(), angle.cos()], -1), persistent=False)
-        self.register_buffer("sin", torch.cat([-angle.sin(), angle.sin()], -1), persistent=False)
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
 
     def forward(self, h, cache=None):
         (B, T, D), H = h.shape, self.n_head
@@ -245,7 +252,8 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.embed = nn.Embedding(config.vocab_size, config.n_embd)
-        layers = [(Attention(config), MLP(config)) for _ in range(config.n_layer)]
+        rope = rope_table(config.n_ctx, config.n_embd // config.n_head)
+        layers = [(Attention(config, *rope), MLP(config)) for _ in range(config.n_layer)]
         self.sublayers = nn.ModuleList(sublayer for layer in layers for sublayer in layer)
         self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         if config.residual != "standard":
