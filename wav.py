@@ -31,11 +31,7 @@ import torch.nn.functional as F
 from torch import nn
 
 RESIDUALS = ("standard", "attnres", "block_attnres", "wav")
-KINDS = (
-    "sum",
-    "phase",
-    "split",
-)  # the sources that wav has of a block; block_attnres has the first
+KINDS = ("sum", "phase", "split")  # what wav offers of a block; block_attnres has the first alone
 
 
 @dataclass
@@ -196,7 +192,7 @@ def mix(sources, scale, query, bias=None):
     Returns the S mixtures, each (B, T, D), and the S log-sum-exps of their logits, each (B, T).
     The keys are RMS-normalised, w . RMSNorm(s) = (w . s) / rms(s); the values are the raw sources.
     """
-    # A single query is a vector to multiply by: as a matrix of one column it takes 5 times as long.
+    # A single query multiplies as a vector: a matrix of one column is several times slower on a CPU.
     dots = sources @ query.T if len(query) > 1 else (sources @ query[0])[..., None]  # (N, B, T, S)
     logits = dots * scale  # in fp32 under autocast too, because scale is                       (4)
     if bias is not None:
@@ -412,6 +408,9 @@ class GPT(nn.Module):
 
     def compile(self, **options):
         """torch.compile the regions that repeat, not their 2L repetitions unrolled."""
+        # A region is compiled anew for attention and MLP, for training and evaluation, and for other
+        # strides: more often than the 8 times after which torch would go on without compiling it.
+        torch._dynamo.config.cache_size_limit = 64
         if self.config.residual == "standard":
             for sublayer in self.sublayers:
                 sublayer.compile(**options)
