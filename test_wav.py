@@ -6,14 +6,16 @@ come generation and configuration, then the scripts: data, training, interruptio
 """
 
 import contextlib
-import csv
 import hashlib
 import http.server
 import io
+import itertools
 import math
+import multiprocessing
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -414,15 +416,18 @@ def test_a_config_that_cannot_work_says_what_is_allowed(changes, words):
 
 
 # --------------------------------------------------------------------------------------------------
-# Helpers: a tiny text, a tiny run, a server that misbehaves.
+# Helpers: a tiny text, a tiny run, a server that may misbehave.
 
 TEXT = "the quick brown fox jumps over the lazy dog\n" * 60
+STORIES = ("Once upon a time… “hello”, said the fox. 🦊\n<|endoftext|>\n" * 40).encode()
+NAMES = ("TINYSTORIES_URL", "TEXT8_URL", "TINYSTORIES_BYTES", "TIMEOUT")
+OK = "HTTP/1.0 {status} OK\r\nContent-Length: {length}"
 TINY = [
     *("--dataset", "a.txt", "--out_dir", "run", "--device", "cpu", "--n_layer", "4"),
     *("--n_block", "2", "--n_embd", "16", "--n_head", "2", "--n_ctx", "16", "--batch_size", "4"),
     *("--eval_batches", "2", "--max_iters", "4", "--eval_interval", "2"),
 ]
-STORIES = ("Once upon a time… “hello”, said the fox. 🦊\n<|endoftext|>\n" * 40).encode()
+RESUME = ["--out_dir", "run", "--resume"]
 
 
 @pytest.fixture
@@ -433,26 +438,25 @@ def home(tmp_path, monkeypatch):
     monkeypatch.setattr(train, "write_sample", lambda *args: None)
     Path("a.txt").write_text(TEXT)
     before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
-    yield tmp_path
+    yield
     for number, handler in before.items():
         signal.signal(number, handler)
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A folder with a.txt and a finished run in run/, to copy from or to read."""
-    folder = tmp_path_factory.mktemp("trained")
-    here = Path.cwd()
-    before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
-    os.chdir(folder)
-    try:
+    """The folder of a finished run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("trained"))
         Path("a.txt").write_text(TEXT)
         assert run(train.main, TINY) == 0
-    finally:
-        os.chdir(here)
-        for number, handler in before.items():
-            signal.signal(number, handler)
-    return folder
+        return Path("run").resolve()
+
+
+@pytest.fixture
+def finished(home, trained):
+    """A working directory with a text and, in run/, a finished run on it."""
+    shutil.copytree(trained, "run")
 
 
 def status(main, argv):
@@ -464,159 +468,96 @@ def status(main, argv):
 
 
 def refused(capsys, main, argv, *words):
-    """The one line with which main refuses argv: status 2, no traceback, each of words named."""
+    """main refuses argv: status 2 and, below any progress bar, one line that names each of words.
+    Returns what it had printed."""
     capsys.readouterr()
     assert status(main, argv) == 2
-    error = capsys.readouterr().err
-    # Before it there may be a progress bar, which draws its own line again and again.
-    (line,) = re.findall("error: .*", error)
-    assert "Traceback" not in error
+    out, error = capsys.readouterr()
+    line = error.splitlines()[-1]
+    assert line.startswith("error: ") and error.count("error: ") == 1 and "Traceback" not in error
     for word in words:
         assert word in line, line
-    return line
+    return out
 
 
-def one_line_of(error):
-    text = str(error.value)
-    assert text and len(text.splitlines()) == 1, repr(text)
-    return text
-
-
-def same(a, b):
-    """Nested containers equal to the bit."""
-    if torch.is_tensor(a):
-        return torch.is_tensor(b) and a.dtype == b.dtype and torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(same, a, b))
-    return a == b
-
-
-def log_rows(out_dir="run"):
-    with open(Path(out_dir) / "log.csv") as file:
-        return list(csv.reader(file))[1:]
+@contextlib.contextmanager
+def one_line(kind, words):
+    """What is raised is of this kind and matches words, in one line."""
+    with pytest.raises(kind, match=words) as error:
+        yield
+    assert len(str(error.value).splitlines()) == 1
 
 
 def files_in(folder):
-    return sorted(str(p.relative_to(folder)) for p in Path(folder).rglob("*") if p.is_file())
+    """The content of every file, by its path inside the folder."""
+    paths = [path for path in Path(folder).rglob("*") if path.is_file()]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
 
 
-class Server:
-    """Answers on 127.0.0.1 as `manner` says, and counts the requests."""
+def log_rows(out_dir="run"):
+    return [row.split(",") for row in Path(out_dir, "log.csv").read_text().splitlines()[1:]]
 
-    def __init__(self, manner, bodies):
-        self.requests, self.release = [], threading.Event()
-        outer = self
 
-        class Handler(http.server.BaseHTTPRequestHandler):
-            def log_message(self, *args):
-                pass
-
-            def do_GET(self):
-                outer.requests.append((self.path, self.headers.get("Range")))
-                with contextlib.suppress(OSError):
-                    outer.answer(self, manner, bodies.get(self.path.rsplit("/", 1)[1], b""))
-
-        self.http = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.http.daemon_threads = True
-        self.http.block_on_close = False
-        self.url = f"http://127.0.0.1:{self.http.server_port}/"
-        threading.Thread(target=self.http.serve_forever, args=(0.01,), daemon=True).start()
-
-    def answer(self, handler, manner, body):
-        if manner == "silent":
-            self.release.wait(10)
-            return
-        if manner == "garbage":
-            handler.wfile.write(b"SSH-2.0-OpenSSH_9.6\r\n\r\n")
-            return
-        if manner == "404":
-            handler.send_error(404)
-            return
-        if manner.startswith("redirect "):
-            handler.send_response(302)
-            handler.send_header("Location", manner.partition(" ")[2])
-            handler.end_headers()
-            return
-        if manner == "page":
-            body = b"<html>log in first</html>" * 100
-        wanted = handler.headers.get("Range")
-        if wanted and manner not in ("whole", "page"):
-            first, last = map(int, wanted.removeprefix("bytes=").split("-"))
-            body = body[first : last + 1]
-            handler.send_response(206)
-        else:
-            handler.send_response(200)
-        length = {"huge": 10**12, "empty": 0, "half": 2 * len(body)}
-        if manner == "bad length":
-            handler.send_header("Content-Length", "many")
-        elif manner != "no length":
-            handler.send_header("Content-Length", str(length.get(manner, len(body))))
-        handler.end_headers()
-        if manner == "slow":
-            for i in range(0, len(body), 400):
-                handler.wfile.write(body[i : i + 400])
-                time.sleep(0.02)
-        elif manner == "stalls":
-            handler.wfile.write(body[:100])
-            handler.wfile.flush()
-            self.release.wait(10)
-        elif manner != "empty":
-            handler.wfile.write(body)
-
-    def close(self):
-        self.release.set()
-        self.http.shutdown()
-        self.http.server_close()
+def read(name="run/ckpt.pt"):
+    return torch.load(name, weights_only=True)
 
 
 @pytest.fixture
-def serve(monkeypatch, tmp_path):
-    """serve(manner, first) starts a server with TinyStories on it, and points data at it."""
-    started = []
+def serve(monkeypatch):
+    """serve() points data at a server on 127.0.0.1, which answers each request with `head` and what
+    it asks for of `body`, and hangs up after `hang` seconds. Returns the list of the requests."""
+    servers = []
 
-    def start(manner, first=1000, bodies=None):
-        names = ("TinyStories-train.txt", "TinyStories-valid.txt")
-        server = Server(manner, bodies or dict.fromkeys(names, STORIES))
-        started.append(server)
-        monkeypatch.setattr(data, "TINYSTORIES_URL", server.url)
-        monkeypatch.setattr(data, "TINYSTORIES_BYTES", first)
-        monkeypatch.setattr(data, "TEXT8_URL", server.url + "text8.zip")
-        monkeypatch.setattr(data, "TIMEOUT", 0.3)
-        return server
+    def start(body=STORIES, head=OK, first=1000, ranges=True, hang=0):
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self):
+                wanted, status, content = self.headers["Range"], 200, body
+                requests.append((self.path, wanted))
+                if wanted and ranges:
+                    status, content = 206, body[: int(wanted.removeprefix("bytes=0-")) + 1]
+                lines = head.format(status=status, length=len(content)) + "\r\n\r\n"
+                with contextlib.suppress(OSError):
+                    self.wfile.write(lines.encode() + content)
+                time.sleep(hang)
 
-    for name in ("http_proxy", "HTTP_PROXY", "https_proxy", "HTTPS_PROXY", "all_proxy"):
-        monkeypatch.delenv(name, raising=False)
+        requests, server = [], http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        servers.append(server)
+        url = f"http://127.0.0.1:{server.server_port}/"
+        for name, value in zip(NAMES, (url, url, first, 0.3)):
+            monkeypatch.setattr(data, name, value)
+        return requests
+
+    monkeypatch.setenv("no_proxy", "*")
     yield start
-    for server in started:
-        server.close()
+    for server in servers:
+        server.shutdown()
+        server.server_close()
 
 
 # --------------------------------------------------------------------------------------------------
 # Downloads
 
 
-@pytest.mark.parametrize("manner", ["well", "slow", "whole"])
-def test_a_download_comes_whole_and_is_cached(serve, tmp_path, manner):
-    server = serve(manner)
-    train_ids, val_ids, chars = data.load("tinystories", tmp_path / "d")
-    text = "".join(chars[i] for i in train_ids)
-    assert STORIES.decode().startswith(text) and 980 < len(text.encode()) <= 1000
-    assert len(val_ids) and "🦊" in chars and "…" in chars
-    assert files_in(tmp_path / "d") == ["TinyStories-train-100MB.txt", "TinyStories-valid.txt"]
-    assert server.requests == [
-        ("/TinyStories-train.txt", "bytes=0-999"),
-        ("/TinyStories-valid.txt", None),
-    ]
-    again = data.load("tinystories", tmp_path / "d")
-    assert len(server.requests) == 2, "a second load asks again"
-    assert np.array_equal(again[0], train_ids) and again[2] == chars
+@pytest.mark.parametrize("ranges", [True, False])
+def test_a_download_comes_whole_and_is_cached(serve, tmp_path, ranges):
+    requests, names = serve(ranges=ranges), {"TinyStories-train-100MB.txt", "TinyStories-valid.txt"}
+    for _ in range(2):  # the second time from the disk
+        train_ids, val_ids, chars = data.load("tinystories", tmp_path)
+        text = decoded(train_ids, chars)
+        assert STORIES.decode().startswith(text) and 980 < len(text.encode()) <= 1000
+        assert decoded(val_ids, chars) == STORIES.decode() and "🦊" in chars and "…" in chars
+        assert files_in(tmp_path).keys() == names
+        assert requests == [
+            ("/TinyStories-train.txt", "bytes=0-999"),
+            ("/TinyStories-valid.txt", None),
+        ]
 
 
-def test_a_character_cut_by_the_byte_range_is_left_out(serve, tmp_path):
+def test_a_character_cut_by_the_byte_range_is_left_out(serve, tmp_path, monkeypatch):
+    serve()
     for first in range(1000, 1000 + 80):  # the cut falls on every byte of a story
-        serve("well", first)
+        monkeypatch.setattr(data, "TINYSTORIES_BYTES", first)
         data.load("tinystories", tmp_path / str(first))
         kept = (tmp_path / str(first) / "TinyStories-train-100MB.txt").read_bytes()
         assert STORIES.startswith(kept) and first - 8 <= len(kept) <= first
@@ -624,103 +565,66 @@ def test_a_character_cut_by_the_byte_range_is_left_out(serve, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "manner",
+    "words, server",
     [
-        *("half", "404", "page", "huge", "empty", "no length", "bad length"),
-        *("silent", "stalls", "garbage", "redirect file:///etc/passwd", "redirect gopher://x/y"),
+        ("it ended after", {"head": OK + "0"}),  # it offers ten times what it sends
+        ("it ended after", {"first": 5000}),
+        ("timed out", {"head": OK + "0", "hang": 1}),
+        ("404", {"head": "HTTP/1.0 404 Not Found"}),
+        ("SSH", {"head": "SSH-2.0-OpenSSH_9.6"}),
+        ("not TinyStories", {"body": b"<html>log in first</html>"}),
+        ("offers 1,000,000,000,000 bytes", {"head": OK.replace("{length}", str(10**12))}),
+        ("offers 0 bytes", {"head": "HTTP/1.0 200 OK"}),
+        ("many", {"head": OK.replace("{length}", "many")}),
+        ("not allowed", {"head": "HTTP/1.0 302 Found\r\nLocation: file:///etc/passwd"}),
+        ("", {"head": "HTTP/1.0 302 Found\r\nLocation: http://127.0.0.1:0/"}),  # nobody is there
     ],
 )
-@pytest.mark.parametrize("dataset", ["tinystories", "text8"])
-def test_a_bad_download_says_so_in_one_line_and_leaves_nothing(serve, tmp_path, manner, dataset):
+def test_a_bad_download_says_so_in_one_line_and_leaves_nothing(serve, tmp_path, words, server):
     # A server may claim any size for a file of which only the beginning is wanted.
-    serve(manner, first=None if manner in ("huge", "empty", "no length", "bad length") else 5000)
+    serve(**{"first": None, **server})
     began = time.perf_counter()
-    with pytest.raises(OSError) as error:
-        data.load(dataset, tmp_path / "d")
-    assert "--dataset pydoc" in one_line_of(error)
-    assert files_in(tmp_path / "d") == []
-    assert time.perf_counter() - began < 5
-
-
-def test_a_refused_connection_says_so_in_one_line(serve, tmp_path):
-    server = serve("well")
-    server.close()
-    with pytest.raises(OSError) as error:
-        data.load("tinystories", tmp_path / "d")
-    assert "--dataset pydoc" in one_line_of(error)
-    assert files_in(tmp_path / "d") == []
+    with one_line(OSError, f"{words}.*--dataset pydoc"):
+        data.load("tinystories", tmp_path)
+    assert not files_in(tmp_path) and time.perf_counter() - began < 5
 
 
 def test_a_redirect_from_https_to_http_is_refused(serve, tmp_path, monkeypatch):
-    server = serve("well")
-    away = serve(f"redirect {server.url}TinyStories-train.txt")
-
-    class Https(urllib.request.HTTPSHandler):
-        def https_open(self, request):  # https without encryption: no certificate needed
-            return self.do_open(data.http.client.HTTPConnection, request)
-
-    opener = urllib.request.build_opener(Https)
-    monkeypatch.setattr(data.urllib.request, "urlopen", opener.open)
-    monkeypatch.setattr(data, "TINYSTORIES_URL", away.url.replace("http:", "https:"))
-    with pytest.raises(OSError, match="redirected to http:") as error:
-        data.load("tinystories", tmp_path / "d")
-    assert "--dataset pydoc" in one_line_of(error)
-    assert files_in(tmp_path / "d") == []
+    serve()
+    http_url, urlopen = data.TINYSTORIES_URL, urllib.request.urlopen
+    monkeypatch.setattr(data, "TINYSTORIES_URL", "https://127.0.0.1/")
+    monkeypatch.setattr(urllib.request, "urlopen", lambda *args, **_: urlopen(http_url))
+    with one_line(OSError, "redirected to http:.*--dataset pydoc"):
+        data.load("tinystories", tmp_path)
+    assert not files_in(tmp_path)
 
 
-def test_a_download_without_room_on_the_disk_leaves_nothing(serve, tmp_path, monkeypatch):
-    def full(*args):
-        raise OSError(28, "No space left on device")
-
-    serve("well")
-    monkeypatch.setattr(data.os, "replace", full)
-    with pytest.raises(OSError, match="No space left") as error:
-        data.load("tinystories", tmp_path / "d")
-    one_line_of(error)
-    assert files_in(tmp_path / "d") == []
-
-
-def text8_zip(*members):
+def zipped(members):
     content = io.BytesIO()
     with zipfile.ZipFile(content, "w", zipfile.ZIP_DEFLATED) as z:
-        for name, text in members:
+        for name, text in members.items():
             z.writestr(name, text)
     return content.getvalue()
 
 
-def test_text8_with_another_md5_is_refused(serve, tmp_path):
-    serve("well", bodies={"text8.zip": text8_zip(("text8", "a b"))})
-    with pytest.raises(OSError, match="md5") as error:
-        data.load("text8", tmp_path / "d")
-    assert "--dataset pydoc" in one_line_of(error)
-    assert files_in(tmp_path / "d") == []
-
-
-def test_a_zip_creates_no_file_beside_itself(serve, tmp_path, monkeypatch):
+def test_text8_is_checked_and_its_zip_creates_no_file_beside_itself(serve, home, monkeypatch):
     letters = "abcdefghijklmnopqrstuvwxyz " * 3
-    body = text8_zip(("../../evil", "x"), ("/tmp/evil-text8", "x"), ("text8", letters))
-    serve("well", bodies={"text8.zip": body})
+    body = zipped({"../../evil.txt": "x", "/tmp/evil-text8": "x", "text8": letters})
+    serve(body)
+    with one_line(OSError, "md5.*--dataset pydoc"):
+        data.load("text8", "a/b/c")
+    assert files_in(".").keys() == {"a.txt"}
     monkeypatch.setattr(data, "TEXT8_MD5", hashlib.md5(body).hexdigest())
-    monkeypatch.chdir(tmp_path)
-    deep = tmp_path / "a" / "b" / "c"
-    train_ids, _, chars = data.load("text8", deep)
-    assert "".join(chars[i] for i in train_ids) == letters
-    assert files_in(tmp_path) == ["a/b/c/text8.zip"] and not Path("/tmp/evil-text8").exists()
-
-
-@pytest.mark.parametrize("damage", ["truncated", "no member", "not a zip", "rotten"])
-def test_a_damaged_text8_in_the_data_folder_is_named(tmp_path, damage):
-    body = text8_zip(("text8", "".join(random.Random(1).choices("abc ", k=1000))))
-    content = {
-        "truncated": body[: len(body) // 2],
-        "no member": text8_zip(("readme", "x")),
-        "not a zip": b"hello",
-        "rotten": body[:60] + b"\xff" * 40 + body[100:],
-    }[damage]
-    (tmp_path / "text8.zip").write_bytes(content)
-    with pytest.raises((ValueError, OSError), match="text8.zip") as error:
-        data.load("text8", tmp_path)
-    one_line_of(error)
+    train_ids, _, chars = data.load("text8", "a/b/c")
+    assert decoded(train_ids, chars) == letters
+    assert files_in(".").keys() == {"a.txt", "a/b/c/text8.zip"}
+    assert not Path("/tmp/evil-text8").exists()
+    whole = zipped({"text8": letters})
+    rotten = whole[:40] + b"\xff" * 4 + whole[44:]
+    for content in (whole[: len(whole) // 2], rotten, zipped({"readme": "x"})):
+        Path("a/b/c/text8.zip").write_bytes(content)
+        with one_line(ValueError, "text8.zip is damaged"):
+            data.load("text8", "a/b/c")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -736,15 +640,17 @@ def decoded(ids, chars):
     [
         "ab" * 50,
         "naïve café 🦊👩‍👩‍👧 e\u0301 \u0928\u093f " * 20,
-        "".join(map(chr, range(32, 290))) * 10,
-        "".join(map(chr, range(0x4E00, 0x4E00 + 1000))) * 2,
+        *("".join(map(chr, range(100, 100 + n))) * 10 for n in (256, 257, 50000)),
         "\u2028\x85\x0c\x1c odd line ends " * 10,
+        "\ufeff" + "a byte-order mark\r\nand Windows' line ends 🦊\r\n" * 20,
     ],
+    ids=ascii,
 )
-def test_ids_go_back_to_the_text(tmp_path, text):
+def test_ids_of_the_smallest_type_go_back_to_the_text(tmp_path, text):
     path = tmp_path / "a.txt"
     path.write_bytes(text.encode())
     train_ids, val_ids, chars = data.load(str(path))
+    text = text.removeprefix("\ufeff").replace("\r\n", "\n")
     n = len(text) * 9 // 10
     assert decoded(train_ids, chars) == text[:n]
     assert decoded(val_ids, chars) == text[n:], "the last tenth is the validation text"
@@ -753,97 +659,54 @@ def test_ids_go_back_to_the_text(tmp_path, text):
     assert train_ids.dtype == val_ids.dtype == smallest
 
 
-@pytest.mark.parametrize("n_char, dtype", [(256, np.uint8), (257, np.uint16)])
-def test_the_smallest_type_that_holds_the_vocabulary_is_used(n_char, dtype):
-    train_ids, _, chars = data.encode("".join(map(chr, range(100, 100 + n_char))), "")
-    assert len(chars) == n_char and train_ids.dtype == dtype and train_ids.max() == n_char - 1
-
-
-def test_a_validation_file_beside_the_text_is_used(tmp_path):
+def test_a_validation_file_is_used_but_for_characters_that_the_text_lacks(tmp_path, capsys):
     (tmp_path / "tale.md").write_text("abcd" * 30)
-    (tmp_path / "tale_valid.md").write_text("dcba")
+    (tmp_path / "tale_valid.md").write_text("a🦊bb\nc🦊")
     (tmp_path / "tale_valid.txt").write_text("no")
     train_ids, val_ids, chars = data.load(str(tmp_path / "tale.md"))
-    assert decoded(train_ids, chars) == "abcd" * 30 and decoded(val_ids, chars) == "dcba"
-
-
-def test_windows_line_ends_and_a_byte_order_mark_make_no_difference(tmp_path):
-    text = "one\ntwo\n🦊 three\n" * 20
-    (tmp_path / "unix").write_bytes(text.encode())
-    (tmp_path / "dos").write_bytes(b"\xef\xbb\xbf" + text.replace("\n", "\r\n").encode())
-    unix, dos = data.load(str(tmp_path / "unix")), data.load(str(tmp_path / "dos"))
-    assert all(np.array_equal(a, b) for a, b in zip(unix[:2], dos[:2])) and unix[2] == dos[2]
+    assert decoded(train_ids, chars) == "abcd" * 30 and decoded(val_ids, chars) == "abbc"
+    (said,) = capsys.readouterr().out.splitlines()
+    assert "dropped 3 of 7 characters" in said and "'🦊'" in said and r"'\n'" in said
 
 
 @pytest.mark.parametrize(
-    "content",
+    "name, content, words",
     [
-        b"",
-        b"a",
-        b"ab\0cd" * 20,
-        b"\xff\xfe\x00" * 9,
-        "été".encode("latin-1"),
-        b"a" * 100,
-        b"\n\n\n",
+        *(("b.txt", content, "two or more distinct characters") for content in (b"", b"a" * 100)),
+        ("b.txt", b"ab\0cd" * 20, "zero byte"),
+        *(("b.txt", content, "not UTF-8") for content in (b"\xff\xfe\x00" * 9, b"caf\xe9")),
+        *((name, None, "is a directory") for name in (".", "folder/")),
+        *((name, None, "tinystories") for name in ("", "nowhere.txt", "x" * 5000, "a\nb")),
     ],
-    ids=lambda content: str(content[:6]),
+    ids=lambda value: ascii(value)[:20],
 )
-def test_what_is_not_text_is_refused_in_one_line(tmp_path, content):
-    (tmp_path / "a.txt").write_bytes(content)
-    with pytest.raises(ValueError) as error:
-        data.load(str(tmp_path / "a.txt"))
-    one_line_of(error)
-
-
-@pytest.mark.parametrize("path", [".", "..", "/", "folder", "folder/"])
-def test_a_directory_is_refused_as_one(home, path):
+def test_what_is_not_text_is_refused_in_one_line(home, name, content, words):
     Path("folder").mkdir()
-    with pytest.raises(ValueError, match="is a directory") as error:
-        data.load(path)
-    one_line_of(error)
-
-
-@pytest.mark.parametrize("name", ["", "nowhere.txt", "no/where", "x" * 5000, "a\nb"])
-def test_a_missing_text_is_refused_in_one_line(home, name):
-    with pytest.raises(ValueError, match="tinystories") as error:
+    if content is not None:
+        Path(name).write_bytes(content)
+    with one_line(ValueError, words):
         data.load(name)
-    one_line_of(error)
-
-
-def test_unseen_validation_characters_are_dropped_and_counted(tmp_path, capsys):
-    (tmp_path / "a.txt").write_text("abc" * 40)
-    (tmp_path / "a_valid.txt").write_text("a🦊bb\nc🦊")
-    _, val_ids, chars = data.load(str(tmp_path / "a.txt"))
-    assert decoded(val_ids, chars) == "abbc"
-    said = capsys.readouterr().out
-    assert len(said.splitlines()) == 1
-    assert "dropped 3 of 7 characters" in said and "'🦊'" in said and r"'\n'" in said
 
 
 def test_pydoc_is_split_by_pieces_and_always_in_the_same_way():
     from pydoc_data.topics import topics
 
     whole = "\n\n".join(topics[name] for name in sorted(topics))
-    train_text, val_text = data.pydoc()
-    assert (train_text, val_text) == data.pydoc()
-    assert len(train_text) + len(val_text) == len(whole)
-    for i in range(0, len(whole), 4000):  # piece i of ten goes to validation where i is 9
-        tens, place = divmod(i // 4000, 10)
-        part, at = (val_text, tens) if place == 9 else (train_text, 9 * tens + place)
-        assert part[4000 * at : 4000 * at + 4000].startswith(whole[i : i + 4000])
+    pieces = [whole[i : i + 4000] for i in range(0, len(whole), 4000)]
+    val_text = "".join(pieces[9::10])
+    del pieces[9::10]
+    assert data.pydoc() == ("".join(pieces), val_text) == data.pydoc()
 
 
 def test_batches_depend_on_seed_and_step_alone():
-    ids = np.arange(1000)
-    first = data.random_starts(ids, 16, 8, seed=1, step=5)
-    np.random.seed(3)
-    torch.manual_seed(3)
-    data.random_starts(ids, 16, 8, seed=9, step=9)
-    assert np.array_equal(first, data.random_starts(ids, 16, 8, seed=1, step=5))
-    assert not np.array_equal(first, data.random_starts(ids, 16, 8, seed=1, step=6))
-    other_seed = data.random_starts(ids, 16, 8, seed=2, step=5)
-    assert not np.array_equal(first, other_seed)
-    assert not np.array_equal(other_seed, data.random_starts(ids, 16, 8, seed=1, step=6))
+    ids, all_starts = np.arange(1000), []
+    for seed, step in ((1, 5), (1, 6), (2, 5)):
+        starts = data.random_starts(ids, 16, 8, seed, step)
+        np.random.seed(3)
+        torch.manual_seed(3)
+        assert np.array_equal(starts, data.random_starts(ids, 16, 8, seed, step))
+        assert not any(np.array_equal(starts, other) for other in all_starts)
+        all_starts.append(starts)
     starts = data.random_starts(ids[:18], 16, 1000, seed=1, step=1)
     assert set(starts) == {0, 1}, "every window that fits can be drawn, and no other"
 
@@ -859,130 +722,85 @@ def test_targets_are_the_inputs_one_character_later():
 # Checkpoints: stop, crash, resume
 
 
-def at_step(monkeypatch, step, action):
-    """Call action in the middle of training, when the batch after `step` steps is drawn."""
+def stop_at(monkeypatch, step, number=signal.SIGTERM):
+    """A signal as the batch after `step` steps is drawn. The step that it meets is finished: the
+    checkpoint is of step + 1."""
     original = data.random_starts
 
     def random_starts(ids, n_ctx, n, seed, now):
         if now == step:
-            action()
+            signal.raise_signal(number)
         return original(ids, n_ctx, n, seed, now)
 
     monkeypatch.setattr(data, "random_starts", random_starts)
 
 
-def stop_at(monkeypatch, step, number=signal.SIGTERM):
-    """The step during which the signal comes is finished: the checkpoint is of step + 1."""
-    at_step(monkeypatch, step, lambda: signal.raise_signal(number))
-
-
-def read(name="run/ckpt.pt"):
-    return torch.load(name, weights_only=True)
-
-
 @pytest.mark.parametrize("residual", RESIDUALS)
-def test_a_stopped_and_resumed_run_is_the_unbroken_run_to_the_bit(home, monkeypatch, residual):
+def test_a_stopped_and_resumed_run_is_the_unbroken_run_to_the_bit(
+    home, monkeypatch, capsys, residual
+):
     flags = ["--residual", residual, "--dropout", "0.1", "--max_iters", "12"]
     flags += ["--eval_interval", "4", "--warmup_iters", "3", "--grad_accum", "2"]
     assert status(train.main, [*TINY, *flags, "--out_dir", "whole"]) == 0
     with monkeypatch.context() as patch:
-        stop_at(patch, 4)  # between two evaluations, ...
+        stop_at(patch, 0)  # before an evaluation, ...
         assert status(train.main, [*TINY, *flags]) == 128 + signal.SIGTERM
+    assert files_in("run").keys() == {"ckpt.pt", "log.csv"} and read()["step"] == 1
+    assert "--resume" in capsys.readouterr().out.splitlines()[-1]
+    with monkeypatch.context() as patch:
+        stop_at(patch, 4, signal.SIGINT)  # between two, ...
+        assert status(train.main, RESUME) == 128 + signal.SIGINT
     assert read()["step"] == 5
     with monkeypatch.context() as patch:
         stop_at(patch, 7)  # ... at one, ...
-        assert status(train.main, ["--out_dir", "run", "--resume"]) == 128 + signal.SIGTERM
+        assert status(train.main, RESUME) == 128 + signal.SIGTERM
     torch.manual_seed(99)
-    assert status(train.main, ["--out_dir", "run", "--resume"]) == 0  # ... and to the end
+    assert status(train.main, RESUME) == 0  # ... and to the end
     for name in ("ckpt.pt", "best.pt"):
-        a, b = read(f"whole/{name}"), read(f"run/{name}")
-        for key in a.keys() - {"settings", "elapsed"}:
-            assert same(a[key], b[key]), key
+        whole, broken = read(f"whole/{name}"), read(f"run/{name}")
+        assert whole.keys() == broken.keys()
+        for key in ("config", "chars", "text"):
+            assert whole[key] == broken[key]
+        for key in whole.keys() - {"config", "chars", "text", "settings", "elapsed"}:
+            torch.testing.assert_close(whole[key], broken[key], rtol=0, atol=0, msg=key)
     assert [row[:-2] for row in log_rows("whole")] == [row[:-2] for row in log_rows("run")]
     assert [row[0] for row in log_rows("run")] == ["4", "8", "12"]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_and_exits_with_its_status(home, monkeypatch, capsys, number):
-    stop_at(monkeypatch, 0, number)
-    assert status(train.main, TINY) == 128 + number
-    assert "--resume" in capsys.readouterr().out.splitlines()[-1]
-    assert files_in("run") == ["ckpt.pt", "log.csv"] and read()["step"] == 1 and not log_rows()
-
-
-@pytest.mark.parametrize("max_iters", ["4", "3", "1"])
-def test_resuming_a_finished_run_is_refused_and_changes_nothing(home, trained, capsys, max_iters):
-    before = (trained / "run/ckpt.pt").read_bytes()
-    Path("run").mkdir()
-    for name in files_in(trained / "run"):
-        Path("run", name).write_bytes((trained / "run" / name).read_bytes())
-    argv = ["--out_dir", "run", "--resume", "--max_iters", max_iters]
-    refused(capsys, train.main, argv, "4 steps", "--max_iters")
-    assert Path("run/ckpt.pt").read_bytes() == before
-
-
-# A process that has imported everything once and forks for each line of arguments: it prints the
-# child's pid, then its status. (Forking from pytest itself is not safe once autograd has threads.)
-FORKS = """
-import os, sys, torch
-import train
-from sample import run
-torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))])
-with torch.device("meta"):  # this and the line above import what each child would import again
-    train.GPT(train.GPTConfig(2, n_layer=2, n_block=1))
-for line in sys.stdin:
-    pid = os.fork()
-    if pid == 0:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        os.dup2(1, 2)
-        os._exit(run(train.main, line.split()))
-    print(pid, flush=True)
-    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
-"""
-
-
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_a_killed_run_leaves_whole_checkpoints(home):
-    env = {**os.environ, "PYTHONPATH": str(Path(train.__file__).parent), "OMP_NUM_THREADS": "1"}
-    forks = subprocess.Popen(
-        [sys.executable, "-c", FORKS], env=env, stdin=-1, stdout=-1, text=True, bufsize=1
-    )
+def test_a_run_killed_at_20_random_moments_leaves_whole_checkpoints(home, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(Path(train.__file__).parent))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    forks = multiprocessing.get_context("forkserver")  # one process imports torch for all of them
+    forks.set_forkserver_preload(["pytest", "train", "torch._dynamo"])
+    flags = ["--max_iters", "100000", "--eval_interval", "1", "--eval_batches", "1"]
+    chance, steps, ckpt = random.Random(1), [], Path("run/ckpt.pt")
 
-    def begin(*argv):
-        print(*argv, file=forks.stdin, flush=True)
-        return int(forks.stdout.readline())
+    def saved():
+        return ckpt.stat().st_mtime_ns if ckpt.exists() else 0
 
-    chance, steps, killed = random.Random(1), [], 0
-    try:
-        for i in range(20):
-            before = Path("run/ckpt.pt").stat().st_mtime_ns if steps else 0
-            how = ["--resume"] if Path("run/ckpt.pt").exists() else ["--overwrite"]
-            argv = [*TINY, *how, "--max_iters", "100000", "--eval_interval", "1"]
-            pid = begin(*argv, "--eval_batches", "1")
-            patience = time.monotonic() + 10
-            while i % 4:  # one in four is killed as it starts, the rest while they save
-                with contextlib.suppress(FileNotFoundError):
-                    if Path("run/ckpt.pt").stat().st_mtime_ns > before:
-                        break
-                assert time.monotonic() < patience
-                time.sleep(0.005)
-            time.sleep(chance.uniform(0.0, 0.1))
-            os.kill(pid, signal.SIGKILL)
-            killed += int(forks.stdout.readline()) == -signal.SIGKILL
-            for name in ("ckpt.pt", "best.pt"):
-                if Path("run", name).exists():
-                    load_checkpoint(Path("run", name))
-            if Path("run/ckpt.pt").exists():
-                steps.append(read()["step"])
-                logged = [int(row[0]) for row in log_rows() if row]
-                assert logged[: steps[-1]] == [*range(1, steps[-1] + 1)], "a saved step has its row"
-        assert killed == 20 and steps == sorted(steps) and steps[-1] > 20
-        begin("--out_dir", "run", "--resume", "--max_iters", str(steps[-1] + 3))
-        assert int(forks.stdout.readline()) == 0
-    finally:
-        forks.stdin.close()
-        forks.wait()
-    assert [int(row[0]) for row in log_rows()] == [*range(1, steps[-1] + 4)]
+    for i in range(20):
+        before = saved()
+        argv = [*TINY, *flags, "--resume" if before else "--overwrite"]
+        process = forks.Process(target=run, args=(train.main, argv))
+        process.start()
+        patience = time.monotonic() + 20
+        while i % 4 and saved() == before:  # one in four dies as it starts, the rest as they save
+            assert time.monotonic() < patience
+            time.sleep(0.005)
+        time.sleep(chance.uniform(0.0, 0.1))
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+        for path in Path("run").glob("*.pt"):
+            load_checkpoint(path)
+        if ckpt.exists():
+            steps.append(read()["step"])
+            logged = [row[0] for row in log_rows()][: steps[-1]]
+            assert logged == [str(1 + i) for i in range(steps[-1])], "a saved step has its row"
+    assert steps == sorted(steps) and steps[-1] > 20
+    assert status(train.main, [*RESUME, "--max_iters", str(steps[-1] + 3)]) == 0
+    assert [row[0] for row in log_rows()] == [str(1 + i) for i in range(steps[-1] + 3)]
     assert all(len(row) == 6 for row in log_rows())
 
 
@@ -990,67 +808,40 @@ class Killed(BaseException):
     """As kill -9: no handler for errors runs."""
 
 
+@pytest.mark.parametrize("failure", ["crash", "disk full"])
 @pytest.mark.parametrize("call", range(1, 8))
 @pytest.mark.parametrize("function", ["fsync", "replace"])
-def test_a_crash_in_any_write_leaves_whole_checkpoints(home, monkeypatch, call, function):
-    calls, original = [], getattr(os, function)
+def test_a_crash_or_a_full_disk_in_any_write_leaves_whole_checkpoints(
+    home, monkeypatch, capsys, function, call, failure
+):
+    calls, original, before = itertools.count(1), getattr(os, function), []
 
-    def crash(*args):
-        calls.append(args)
-        if len(calls) == call:
-            if function == "fsync":  # half of what was written reached the disk
-                os.ftruncate(args[0], os.fstat(args[0]).st_size // 2)
-            raise Killed
-        return original(*args)
+    def fail(file, *args):
+        if next(calls) < call:
+            return original(file, *args)
+        before.append({n: b for n, b in files_in("run").items() if not n.endswith(".part")})
+        if failure == "disk full":
+            raise OSError(28, "No space left on device")
+        if function == "fsync":  # half of what was written reached the disk
+            os.ftruncate(file, os.fstat(file).st_size // 2)
+        raise Killed
 
-    flags = ["--max_iters", "3", "--eval_interval", "1", "--warmup_iters", "0"]
+    argv = [*TINY, "--max_iters", "3", "--eval_interval", "1", "--warmup_iters", "0"]
     with monkeypatch.context() as patch:
-        patch.setattr(os, function, crash)
-        with pytest.raises(Killed):
-            train.main([*TINY, *flags])
-    for name in ("ckpt.pt", "best.pt"):
-        if Path("run", name).exists():
-            load_checkpoint(Path("run", name))
+        patch.setattr(os, function, fail)
+        if failure == "crash":
+            with pytest.raises(Killed):
+                train.main(argv)
+        else:
+            refused(capsys, train.main, argv, "No space left on device")
+            assert files_in("run") == before[0]
+    for path in Path("run").glob("*.pt"):
+        load_checkpoint(path)
     how = "--resume" if Path("run/ckpt.pt").exists() else "--overwrite"
-    assert status(train.main, [*TINY, *flags, how]) == 0
+    assert status(train.main, [*argv, how]) == 0
     assert [row[0] for row in log_rows()] == ["1", "2", "3"]
     assert f"{read('run/best.pt')['best']:.6f}" == min(row[2] for row in log_rows())
-    assert files_in("run") == ["best.pt", "ckpt.pt", "log.csv"], "a crash left something behind"
-
-
-@pytest.mark.parametrize("call", range(1, 6))
-@pytest.mark.parametrize("function", ["fsync", "replace"])
-def test_a_full_disk_is_one_line_and_keeps_the_last_checkpoint(
-    home, monkeypatch, capsys, call, function
-):
-    calls, original, before = [], getattr(os, function), {}
-
-    def full(*args):
-        calls.append(args)
-        if len(calls) < call:
-            return original(*args)
-        if not before:
-            before.update({name: Path("run", name).read_bytes() for name in files_in("run")})
-        raise OSError(28, "No space left on device")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, function, full)
-        refused(capsys, train.main, TINY, "No space left on device")
-    left = {name: Path("run", name).read_bytes() for name in files_in("run")}
-    assert not any(name.endswith(".part") for name in left)
-    assert left == {name: b for name, b in before.items() if not name.endswith(".part")}
-    how = "--resume" if "ckpt.pt" in left else "--overwrite"
-    assert status(train.main, [*TINY, how]) == 0
-    assert [row[0] for row in log_rows()] == ["2", "4"]
-
-
-def test_an_error_has_a_line_of_its_own_below_the_progress_bar(home, monkeypatch, capsys):
-    def fail():
-        raise OSError("the disk is gone")
-
-    at_step(monkeypatch, 1, fail)
-    assert status(train.main, TINY) == 2
-    assert capsys.readouterr().err.splitlines()[-1] == "error: the disk is gone"
+    assert files_in("run").keys() == {"best.pt", "ckpt.pt", "log.csv"}, "something was left behind"
 
 
 @pytest.mark.parametrize("stopped", [False, True])
@@ -1058,17 +849,14 @@ def test_an_error_has_a_line_of_its_own_below_the_progress_bar(home, monkeypatch
 def test_a_loss_that_is_not_finite_stops_and_saves_nothing(
     home, monkeypatch, capsys, bad_update, stopped
 ):
-    flags = ["--max_iters", "12", "--eval_interval", "4"]
     with monkeypatch.context() as patch:
         stop_at(patch, 4)
-        assert status(train.main, [*TINY, *flags]) == 143
-    before = {name: Path("run", name).read_bytes() for name in ("ckpt.pt", "best.pt")}
-    clip, calls = torch.nn.utils.clip_grad_norm_, []
+        assert status(train.main, [*TINY, "--max_iters", "12", "--eval_interval", "4"]) == 143
+    before, clip, updates = files_in("run"), torch.nn.utils.clip_grad_norm_, itertools.count(6)
 
     def overflow(parameters, norm):  # update number `bad_update` makes every weight a nan
-        calls.append(0)
-        if 5 + len(calls) == bad_update:
-            parameters = list(parameters)
+        parameters = list(parameters)
+        if next(updates) == bad_update:
             for p in parameters:
                 p.grad.fill_(math.inf)
         return clip(parameters, norm)
@@ -1079,89 +867,55 @@ def test_a_loss_that_is_not_finite_stops_and_saves_nothing(
     # The loss is a nan one step later; where the run saves before that step, nothing is saved.
     saves = bad_update == 8 or stopped
     named = "not finite" if saves else f"at step {bad_update + 1}"
-    refused(capsys, train.main, ["--out_dir", "run", "--resume"], named, "--learning_rate")
-    for name, content in before.items():
-        assert Path("run", name).read_bytes() == content
+    refused(capsys, train.main, RESUME, named, "--learning_rate")
+    after = files_in("run")
+    assert all(after[name] == before[name] for name in ("ckpt.pt", "best.pt"))
 
 
-def test_a_second_run_does_not_replace_the_first(home, capsys, monkeypatch):
-    assert status(train.main, TINY) == 0
-    before = {name: Path("run", name).read_bytes() for name in files_in("run")}
+def test_a_second_run_does_not_replace_the_first(finished, capsys):
+    before = files_in("run")
     refused(capsys, train.main, TINY, "--resume", "--overwrite")
-    assert before == {name: Path("run", name).read_bytes() for name in files_in("run")}
-    flags = ["--overwrite", "--seed", "2", "--max_iters", "2"]
-    assert status(train.main, [*TINY, *flags]) == 0
+    for bad in (["--n_block", "3"], ["--dataset", "none.txt"], ["--batch_size", "0"]):
+        refused(capsys, train.main, [*TINY, "--overwrite", *bad], bad[0][2:])
+    assert files_in("run") == before, "a refused run costs the one that it would overwrite"
+    assert status(train.main, [*TINY, "--overwrite", "--seed", "2", "--max_iters", "2"]) == 0
     assert read()["settings"]["seed"] == 2 and [row[0] for row in log_rows()] == ["2"]
 
 
-def test_a_bad_setting_does_not_cost_the_run_that_it_would_overwrite(home, trained, capsys):
-    Path("run").mkdir()
-    for name in files_in(trained / "run"):
-        Path("run", name).write_bytes((trained / "run" / name).read_bytes())
-    for bad in (["--n_block", "3"], ["--dataset", "none.txt"], ["--batch_size", "0"]):
-        refused(capsys, train.main, [*TINY, "--overwrite", *bad], bad[0][2:])
-        for name in ("ckpt.pt", "best.pt", "log.csv"):
-            assert Path("run", name).read_bytes() == (trained / "run" / name).read_bytes()
-
-
-@pytest.mark.parametrize(
-    "flags",
-    [
-        *("--n_embd 32", "--seed 2", "--dataset b.txt", "--residual standard", "--n_layer 8"),
-        *("--n_head 1", "--n_ctx 8", "--n_block 1", "--dropout 0.5", "--batch_size 8"),
-        *("--grad_accum 2", "--detail_bias -1"),
-    ],
-)
-def test_resuming_with_another_model_or_data_is_refused_by_name(trained, capsys, flags):
-    argv = ["--out_dir", str(trained / "run"), "--resume", *flags.split()]
-    refused(capsys, train.main, argv, flags[2:].split()[0])
-
-
-def test_resuming_on_another_text_is_refused(home, trained, capsys):
+def test_resuming_a_finished_run_or_another_model_or_text_is_refused_by_name(finished, capsys):
+    before = files_in("run")
+    fixed = "n_embd 32, seed 2, dataset b.txt, residual standard, n_layer 8, n_head 1, n_ctx 8"
+    fixed += ", n_block 1, dropout 0.5, batch_size 8, grad_accum 2, detail_bias -1"
+    for name, value in map(str.split, fixed.split(",")):
+        argv = [*RESUME, "--max_iters", "6", f"--{name}", value]
+        refused(capsys, train.main, argv, f"{name}=", "contradicts")
+    for max_iters in ("4", "3", "1"):
+        argv = [*RESUME, "--max_iters", max_iters]
+        refused(capsys, train.main, argv, "4 steps", "--max_iters")
     Path("a.txt").write_text(TEXT.replace("lazy", "idle", 1))
-    argv = ["--out_dir", str(trained / "run"), "--resume", "--max_iters", "6"]
-    refused(capsys, train.main, argv, "a.txt", "not the text")
+    refused(capsys, train.main, [*RESUME, "--max_iters", "6"], "a.txt", "not the text")
+    assert files_in("run") == before
 
 
-def test_resuming_for_longer_or_at_another_learning_rate_works(home, trained, monkeypatch):
-    Path("run").mkdir()
-    for name in files_in(trained / "run"):
-        Path("run", name).write_bytes((trained / "run" / name).read_bytes())
+def test_resuming_for_longer_or_at_another_learning_rate_works(finished):
     flags = "--max_iters 6 --learning_rate 0.01 --min_lr 0.002 --warmup_iters 2 --beta2 0.9"
-    assert status(train.main, ["--out_dir", "run", "--resume", *flags.split()]) == 0
+    assert status(train.main, [*RESUME, *flags.split()]) == 0
     assert [row[0] for row in log_rows()] == ["2", "4", "6"] and read()["step"] == 6
-    assert read()["optimizer"]["param_groups"][0]["betas"] == (0.0 + 0.9, 0.9)
+    assert read()["optimizer"]["param_groups"][0]["betas"] == (0.9, 0.9)
     assert 0.002 < float(log_rows()[-1][3]) < 0.01
 
 
-def test_nothing_to_resume_and_no_place_to_write_are_one_line(home, capsys):
+def test_no_run_to_go_on_from_and_no_place_to_write_are_one_line(home, capsys):
+    refused(capsys, sample.main, [], "train.py", "--out_dir")
     refused(capsys, train.main, [*TINY, "--resume"], "nothing to resume", "run")
     refused(capsys, train.main, [*TINY, "--out_dir", "a.txt/run"], "a.txt")
     refused(capsys, train.main, [*TINY, "--out_dir", "a.txt"], "a.txt")
     refused(capsys, train.main, [*TINY, "--out_dir", "x" * 3000], "name too long")
-    assert files_in(".") == ["a.txt"]
+    assert os.listdir() == ["a.txt"]
 
 
 # --------------------------------------------------------------------------------------------------
 # Files that are not what they claim
-
-
-class Hang(BaseException):
-    """Raised by an alarm: no handler for errors takes it for another."""
-
-
-@pytest.fixture
-def quick():
-    """The test takes under three seconds, or fails: it does not hang."""
-
-    def alarm(*args):
-        raise Hang
-
-    before = signal.signal(signal.SIGALRM, alarm)
-    signal.setitimer(signal.ITIMER_REAL, 3)
-    yield
-    signal.setitimer(signal.ITIMER_REAL, 0)
-    signal.signal(signal.SIGALRM, before)
 
 
 class Evil:
@@ -1169,106 +923,73 @@ class Evil:
         return open, ("evil", "w")
 
 
-@pytest.mark.parametrize("place", ["all", "config", "extra"])
-def test_a_checkpoint_that_would_run_code_is_refused_and_runs_none(home, trained, capsys, place):
-    Path("run").mkdir()
-    content = torch.load(trained / "run/best.pt", weights_only=True)
-    content = Evil() if place == "all" else {**content, place: Evil()}
-    for legacy in (False, True):
-        for name in ("best.pt", "ckpt.pt"):
-            torch.save(content, f"run/{name}", _use_new_zipfile_serialization=not legacy)
-        with pytest.raises(ValueError, match="refused") as error:
-            load_checkpoint("run/best.pt")
-        one_line_of(error)
-        refused(capsys, sample.main, ["--out_dir", "run"], "refused")
-        refused(capsys, train.main, ["--out_dir", "run", "--resume"], "refused")
-        assert not Path("evil").exists()
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize("place", ["all", "config"])
+def test_a_checkpoint_that_would_run_code_is_refused_and_runs_none(finished, capsys, place, legacy):
+    content = Evil() if place == "all" else {**read(), place: Evil()}
+    for name in ("best.pt", "ckpt.pt"):
+        torch.save(content, f"run/{name}", _use_new_zipfile_serialization=not legacy)
+    refused(capsys, sample.main, ["--out_dir", "run"], "best.pt is refused")
+    refused(capsys, train.main, RESUME, "ckpt.pt is refused")
+    assert not Path("evil").exists()
     torch.load("run/best.pt", weights_only=False)
     assert Path("evil").exists(), "the file was not a danger: the test shows nothing"
 
 
-@pytest.mark.parametrize("length", [0, 1, 100, 0.5, -1])
-def test_a_truncated_checkpoint_is_refused(home, trained, capsys, length):
-    content = (trained / "run/best.pt").read_bytes()
-    length = int(len(content) * length) if isinstance(length, float) else length
-    Path("best.pt").write_bytes(content[:length])
-    with pytest.raises(ValueError, match="best.pt") as error:
-        load_checkpoint("best.pt")
-    one_line_of(error)
-    refused(capsys, sample.main, ["--out_dir", "."], "best.pt")
+def test_a_truncated_checkpoint_is_refused(finished, capsys):
+    size = Path("run/best.pt").stat().st_size
+    for length in (size - 1, size // 2, 100, 0):
+        os.truncate("run/best.pt", length)
+        refused(capsys, sample.main, ["--out_dir", "run"], "best.pt is")
 
 
 @pytest.mark.parametrize(
     "content",
     [
-        torch.zeros(3),
-        [1, 2],
-        None,
-        {},
-        {"model": {"w": torch.zeros(2)}, "epoch": 3},
-        {"model": {}, "config": {"vocab_size": 2, "block_size": 8}, "chars": "ab"},
-        {"model": [], "config": {"vocab_size": 2}, "chars": ["a", "b"]},
-        {"model": {1: 2}, "config": {"vocab_size": 2}, "chars": ["a", "b"]},
+        *(torch.zeros(3), None, {}, {"model": {"w": torch.zeros(2)}, "epoch": 3}),
+        {"model": [], "config": {"vocab_size": 2}, "chars": ["a", "b"], "settings": {}},
         {"state\ndict": 1, "config": {"a\nb": 1}},
     ],
 )
 def test_another_programs_file_is_refused(home, content):
     torch.save(content, "best.pt")
-    with pytest.raises(ValueError, match="not a checkpoint of train.py") as error:
+    with one_line(ValueError, "not a checkpoint of train.py"):
         load_checkpoint("best.pt")
-    one_line_of(error)
 
 
+CHARS = sorted(set(TEXT))
 LIES = [
-    *({"n_layer": n} for n in (2, 6, 10**6, 10**9, 10**9 + 1, -1, "4", None, 4.0)),
-    *({"n_embd": n} for n in (8, 32, 10**6, 10**12)),
-    *({"n_ctx": n} for n in (0, 10**9, 10**15, True)),
-    *({"vocab_size": n} for n in (1, 29, 10**12)),
-    *({"residual": r} for r in ("standard", "nonsense", [])),
-    *({"n_head": 3}, {"n_head": 10**9}, {"n_block": 3}, {"n_block": 10**9}, {"dropout": "a"}),
-    *({"dropout": math.nan}, {"detail_bias": math.inf}, {"detail_bias": "x"}, {"unknown": 1}),
+    *({"config": {"n_layer": n}} for n in (2, 6, 10**6, 10**9, -1, "4", None, 4.0)),
+    *({"config": {"n_embd": n}} for n in (8, 32, 10**6, 10**12)),
+    *({"config": {"n_ctx": n}} for n in (0, 10**9, True)),
+    *({"config": {"vocab_size": n}} for n in (1, 29, 10**12)),
+    *({"config": {"residual": r}} for r in ("standard", "nonsense", [])),
+    *({"config": {"n_head": n}} for n in (3, 10**9)),
+    *({"config": {"dropout": x}} for x in ("a", math.nan)),
+    *({"config": lie} for lie in ({"n_block": 3}, {"detail_bias": math.inf}, {"unknown": 1})),
+    *({"chars": chars} for chars in (CHARS[::-1], [1, *CHARS[1:]])),
+    {"chars": [*CHARS, "🦊"], "config": {"vocab_size": 29}},
+    {"model": {"more": torch.zeros(1)}},
+    {"model": {"head.weight": torch.zeros(16, 28)}},  # transposed
+    {"model": {"embed.weight": None}},  # taken away
+    # The shapes will be true, but every element the same four bytes.
+    {"config": {"n_embd": 2**14}, "model": "stretched"},
 ]
 
 
-@pytest.mark.parametrize("lie", LIES, ids=str)
-def test_a_checkpoint_whose_config_lies_is_refused_at_once(home, trained, monkeypatch, quick, lie):
-    content = torch.load(trained / "run/best.pt", weights_only=True)
-    content["config"].update(lie)
-    torch.save(content, "best.pt")
-    assert_nothing_is_built("best.pt", monkeypatch)
-
-
-@pytest.mark.parametrize(
-    "how", ["wide", "vocabulary", "missing", "extra", "shape", "chars", "sort"]
-)
-def test_a_checkpoint_whose_tensors_lie_is_refused_at_once(home, trained, monkeypatch, quick, how):
-    content = torch.load(trained / "run/best.pt", weights_only=True)
-    weights, chars = content["model"], content["chars"]
-    if how == "wide":  # the shapes are true, but every element is the same four bytes
-        content["config"]["n_embd"] = 2**14
+@pytest.mark.parametrize("lie", LIES, ids=lambda lie: ascii(lie)[:50])
+def test_a_checkpoint_that_lies_is_refused_before_a_model_takes_memory(finished, monkeypatch, lie):
+    content, built = read("run/best.pt"), []
+    content["config"].update(lie.get("config", {}))
+    content["chars"] = lie.get("chars", content["chars"])
+    if lie.get("model") == "stretched":
         with torch.device("meta"):
             wide = GPT(GPTConfig(**content["config"])).state_dict()
-        content["model"] = {n: torch.zeros(1).expand(w.shape) for n, w in wide.items()}
-    elif how == "vocabulary":
-        content["config"]["vocab_size"] += 1
-        content["chars"] = [*chars, "\U0001f98a"]
-    elif how == "missing":
-        del weights["embed.weight"]
-    elif how == "extra":
-        weights["more"] = torch.zeros(1)
-    elif how == "shape":
-        weights["head.weight"] = weights["head.weight"].T.contiguous()
-    elif how == "chars":
-        content["chars"] = [1, *chars[1:]]
-    elif how == "sort":
-        content["chars"] = chars[::-1]
+        content["model"] = {name: torch.zeros(1).expand(w.shape) for name, w in wide.items()}
+    else:
+        weights = {**content["model"], **lie.get("model", {})}
+        content["model"] = {name: w for name, w in weights.items() if w is not None}
     torch.save(content, "best.pt")
-    assert_nothing_is_built("best.pt", monkeypatch)
-
-
-def assert_nothing_is_built(path, monkeypatch):
-    """The checkpoint is refused in one line, before a model takes memory."""
-    built = []
 
     def build(config):
         if torch.empty(0).device.type != "meta":
@@ -1277,47 +998,29 @@ def assert_nothing_is_built(path, monkeypatch):
         return GPT(config)
 
     monkeypatch.setattr(sample, "GPT", build)
-    with pytest.raises(ValueError, match="not a checkpoint of train.py") as error:
-        load_checkpoint(path)
-    one_line_of(error)
-    assert not built
+    began = time.perf_counter()
+    with one_line(ValueError, "not a checkpoint of train.py"):
+        load_checkpoint("best.pt")
+    assert not built and time.perf_counter() - began < 3
 
 
+@pytest.mark.parametrize("value", [None, "x"])
 @pytest.mark.parametrize(
     "key", ["settings", "text", "optimizer", "step", "elapsed", "best", "losses", "rng"]
 )
-@pytest.mark.parametrize("value", ["absent", None, "x"])
-def test_a_checkpoint_that_cannot_be_resumed_is_refused(home, trained, capsys, key, value):
-    Path("run").mkdir()
-    content = torch.load(trained / "run/ckpt.pt", weights_only=True)
-    content[key] = value
-    if value == "absent":
-        del content[key]
-    torch.save(content, "run/ckpt.pt")
-    Path("run/log.csv").write_bytes((trained / "run/log.csv").read_bytes())
-    refused(capsys, train.main, ["--out_dir", "run", "--resume", "--max_iters", "6"])
-
-
-def test_a_checkpoint_without_settings_has_no_routing_to_show(home, trained, capsys):
-    content = torch.load(trained / "run/best.pt", weights_only=True)
-    del content["settings"]
-    torch.save(content, "best.pt")
-    refused(capsys, sample.main, ["--out_dir", ".", "--routing"])
+def test_a_checkpoint_that_cannot_be_resumed_is_refused(finished, capsys, key, value):
+    torch.save({**read(), key: value}, "run/ckpt.pt")
+    refused(capsys, train.main, [*RESUME, "--max_iters", "6"])
 
 
 # --------------------------------------------------------------------------------------------------
 # Every bad input is one line
 
+COUNTS = ("n_ctx", "batch_size", "n_layer", "n_embd", "n_head", "n_block")
+COUNTS += ("grad_accum", "eval_batches")
 BAD = [
-    *(
-        f"--{name} {value}"
-        for name in (
-            *("n_ctx", "batch_size", "n_layer", "n_embd", "n_head", "n_block"),
-            *("grad_accum", "eval_batches", "max_iters", "eval_interval"),
-        )
-        for value in (0, -1, 10**9, "x", 1.5, "")
-        if not (name in ("max_iters", "eval_interval") and value == 10**9)
-    ),
+    *(f"--{name} {x}" for name in COUNTS for x in (0, -1, 10**9, "x", 1.5, "")),
+    *(f"--{n} {x}" for n in ("max_iters", "eval_interval") for x in (0, -1, "x", 1.5, "")),
     *(f"--learning_rate {x}" for x in ("nan", "inf", "-1", "1e400", "x")),
     *("--min_lr nan", "--weight_decay -1", "--beta1 1", "--beta2 nan", "--grad_clip nan"),
     *("--dropout 1", "--dropout nan", "--dropout -0.1", "--warmup_iters -1", "--seed -1"),
@@ -1332,42 +1035,34 @@ BAD = [
 
 
 @pytest.mark.parametrize("flags", BAD)
-def test_a_setting_that_cannot_work_is_named_in_one_line(home, monkeypatch, capsys, quick, flags):
+def test_a_setting_that_cannot_work_is_named_in_one_line(home, monkeypatch, capsys, flags):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     Path("run").mkdir()
     name, _, value = flags.removeprefix("--").partition(" ")  # "--n_ctx " gives an empty value
     if name == "dataset":  # what is wrong with the file is said of its path
         name = value
+    began = time.perf_counter()
     refused(capsys, train.main, [*TINY, *flags.split(" ")], name)
-    assert files_in("run") == []
+    assert not os.listdir("run") and time.perf_counter() - began < 3
 
 
-def test_a_batch_that_no_memory_holds_is_one_line(home, capsys, quick):
+@pytest.mark.parametrize("flag", ["--eval_batches", "--grad_accum"])
+def test_a_batch_that_no_memory_holds_is_one_line(home, capsys, flag):
     resource = pytest.importorskip("resource")
     before = resource.getrlimit(resource.RLIMIT_AS)
-    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (used + 2**31, before[1]))
+    resource.setrlimit(resource.RLIMIT_AS, (2**36, before[1]))  # the starts alone take 160 GB
     try:
-        for flags in ("--eval_batches", "--grad_accum"):
-            argv = [*TINY, "--batch_size", "20_000", flags, "1_000_000"]
-            refused(capsys, train.main, argv)
+        refused(capsys, train.main, [*TINY, "--batch_size", "20_000", flag, "1_000_000"])
     finally:
         resource.setrlimit(resource.RLIMIT_AS, before)
 
 
-@pytest.mark.parametrize("length", [0, 1, 10, 170, 171])
-def test_a_text_of_less_than_a_window_is_refused(home, capsys, length):
-    Path("a.txt").write_text(TEXT[:length])
-    if length == 171:  # its last tenth is 18 characters, n_ctx + 2
-        assert status(train.main, [*TINY, "--max_iters", "1"]) == 0
-    else:
-        refused(capsys, train.main, TINY)
-
-
-def test_a_huge_number_of_steps_is_legal(home, monkeypatch):
-    stop_at(monkeypatch, 2)
-    flags = ["--max_iters", "1000000000", "--eval_interval", "1000000000"]
-    assert status(train.main, [*TINY, *flags]) == 143
+def test_a_text_of_less_than_a_window_is_refused(home, capsys):
+    for length in (10, 170):
+        Path("a.txt").write_text(TEXT[:length])
+        refused(capsys, train.main, TINY, "n_ctx=16 needs 18")
+    Path("a.txt").write_text(TEXT[:171])  # its last tenth is 18 characters, n_ctx + 2
+    assert status(train.main, [*TINY, "--max_iters", "1"]) == 0
 
 
 @pytest.mark.parametrize(
@@ -1381,50 +1076,31 @@ def test_a_huge_number_of_steps_is_legal(home, monkeypatch):
         *(("--out_dir nowhere", "nowhere"), ("--out_dir a.txt", "a.txt"), ("--promt x", "promt")),
     ],
 )
-def test_a_bad_sampling_argument_is_named_in_one_line(home, trained, capsys, flags, word):
-    argv = ["--out_dir", str(trained / "run"), "--n_chars", "5", *flags.split(" ")]
-    refused(capsys, sample.main, argv, word)
-    assert capsys.readouterr().out == ""
-
-
-def test_a_refused_prompt_is_not_printed_first(trained, capsys):
-    assert status(sample.main, ["--out_dir", str(trained / "run"), "--prompt", "the€cat"]) == 2
-    assert capsys.readouterr().out == ""
-
-
-def test_sampling_without_a_checkpoint_says_what_to_do(home, capsys):
-    refused(capsys, sample.main, [], "train.py", "--out_dir")
+def test_a_bad_sampling_argument_is_named_in_one_line(finished, capsys, flags, word):
+    argv = ["--out_dir", "run", "--n_chars", "5", *flags.split(" ")]
+    assert refused(capsys, sample.main, argv, word) == "", "the prompt is printed first"
 
 
 @pytest.mark.parametrize(
     "flags, start, length",
     [
-        (["--prompt", ""], "", 5),
-        (["--prompt", TEXT[:300]], TEXT[:300], 305),
-        (["--top_k", "1000"], "", 5),
-        (["--top_k", str(10**30)], "", 5),
+        *((["--prompt", text], text, len(text) + 5) for text in ("", TEXT[:300])),
+        *((["--temperature", x], "", 5) for x in ("1e-3", "1e-45", "1e-300", "1e300", "inf")),
+        *(([f"--{name}", x], "", 5) for name, x in (("seed", "-1"), ("top_k", str(10**30)))),
         (["--top_k", "1", "--n_chars", "40"], "", 40),  # past n_ctx
-        (["--temperature", "1e-3"], "", 5),
-        (["--temperature", "1e-45"], "", 5),
-        (["--temperature", "1e-300"], "", 5),
-        (["--temperature", "1e300"], "", 5),
-        (["--temperature", "inf"], "", 5),
-        (["--seed", "-1"], "", 5),
-        (["--seed", "0"], "", 5),
     ],
 )
-def test_unusual_sampling_arguments_work(trained, capsys, flags, start, length):
-    argv = ["--out_dir", str(trained / "run"), "--n_chars", "5", *flags]
-    assert status(sample.main, argv) == 0
+def test_unusual_sampling_arguments_work(finished, capsys, flags, start, length):
+    assert status(sample.main, ["--out_dir", "run", "--n_chars", "5", *flags]) == 0
     text = capsys.readouterr().out
     assert text.startswith(start) and len(text) == length + 1
 
 
-def test_the_same_seed_makes_the_same_text(trained, capsys):
-    argv = ["--out_dir", str(trained / "run"), "--n_chars", "30", "--n_samples", "2", "--seed"]
+def test_the_same_seed_makes_the_same_text(finished, capsys):
     texts = []
     for seed in ("1", "1", "2"):
-        assert status(sample.main, [*argv, seed]) == 0
+        argv = ["--out_dir", "run", "--n_chars", "30", "--n_samples", "2", "--seed", seed]
+        assert status(sample.main, argv) == 0
         texts.append(capsys.readouterr().out)
     assert texts[0] == texts[1] != texts[2] and "-" * 80 in texts[0]
 
@@ -1462,32 +1138,29 @@ def test_any_config_works_or_is_refused_in_one_line(wanted):
         assert logits.shape == (2, 1, config.vocab_size) and loss.isfinite()
 
 
-@many
-@given(
-    st.one_of(
-        st.binary(max_size=60),
-        st.text(max_size=60).map(str.encode),
-        st.text("ab\r\n\ufeff\0\U0001f98a", max_size=60).map(str.encode),
-    ),
-    st.one_of(st.none(), st.binary(max_size=9), st.text(max_size=9).map(str.encode)),
+some_bytes = st.one_of(
+    st.binary(max_size=60),
+    st.text(max_size=60).map(str.encode),
+    st.text("ab\r\n\ufeff\0\U0001f98a", max_size=60).map(str.encode),
 )
+
+
+@many
+@given(some_bytes, st.one_of(st.none(), some_bytes))
 def test_any_bytes_are_a_text_or_refused_in_one_line(tmp_path_factory, content, beside):
-    folder = tmp_path_factory.getbasetemp() / "bytes"
-    folder.mkdir(exist_ok=True)
-    path, valid = folder / "a.txt", folder / "a_valid.txt"
+    path = tmp_path_factory.mktemp("bytes") / "a.txt"
     path.write_bytes(content)
-    valid.unlink(missing_ok=True)
     if beside is not None:
-        valid.write_bytes(beside)
+        path.with_name("a_valid.txt").write_bytes(beside)
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             train_ids, val_ids, chars = data.load(str(path))
-    except (ValueError, OSError) as error:
+    except ValueError as error:
         assert str(error) and "\n" not in str(error)
         return
     text = content.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
-    tenth = len(text) if beside is not None else len(text) * 9 // 10
-    assert decoded(train_ids, chars) == text[:tenth]
+    n = len(text) if beside is not None else len(text) * 9 // 10
+    assert decoded(train_ids, chars) == text[:n]
     assert set(decoded(val_ids, chars)) <= set(chars) and len(chars) > 1
 
 
@@ -1522,7 +1195,7 @@ def test_a_few_steps_lower_the_loss_and_leave_a_log_and_two_checkpoints(home, ca
     (first, second) = log_rows()
     assert [row[0] for row in (first, second)] == ["20", "40"]
     assert float(second[2]) < float(first[2]) < math.log(len(set(TEXT)))
-    assert files_in("run") == ["best.pt", "ckpt.pt", "log.csv"]
+    assert files_in("run").keys() == {"best.pt", "ckpt.pt", "log.csv"}
     out = capsys.readouterr().out
     best = float(re.search(r"best validation loss ([\d.]+) nats \(([\d.]+) bits\)", out)[1])
     assert best == pytest.approx(float(second[2]), abs=1e-4)
@@ -1540,14 +1213,13 @@ def test_the_learning_rate_warms_up_and_falls_along_a_cosine():
 def test_gradient_accumulation_is_the_larger_batch(home):
     for name, argv in (("one", ["--batch_size", "8"]), ("two", ["--grad_accum", "2"])):
         assert run(train.main, [*TINY, *argv, "--out_dir", name]) == 0
-    one, two = (torch.load(f"{name}/ckpt.pt")["model"] for name in ("one", "two"))
+    one, two = (read(f"{name}/ckpt.pt")["model"] for name in ("one", "two"))
     for name in one:
         torch.testing.assert_close(one[name], two[name], rtol=1e-4, atol=1e-6)
 
 
-def test_vectors_queries_and_biases_have_no_weight_decay(home):
-    assert run(train.main, TINY) == 0
-    groups = torch.load("run/ckpt.pt")["optimizer"]["param_groups"]
+def test_vectors_queries_and_biases_have_no_weight_decay(finished):
+    groups = read()["optimizer"]["param_groups"]
     assert [group["weight_decay"] for group in groups] == [0.1, 0.0]
     n_matrix = 4 * 5 + 2  # qkv, proj, gate, up, down of each layer; embed and head
     assert [len(group["params"]) for group in groups] == [n_matrix, 2]
@@ -1557,12 +1229,10 @@ def test_a_compiler_that_fails_is_named_and_training_goes_on_without_it(home, mo
     def broken(self):
         self.step = self.mix = None
 
+    assert run(train.main, [*TINY, "--out_dir", "eager"]) == 0
     monkeypatch.setattr(GPT, "compile", broken)
     assert run(train.main, [*TINY, "--compile"]) == 0
     assert "torch.compile failed (TypeError): going on without it" in capsys.readouterr().out
-    monkeypatch.undo()
-    os.chdir(home)
-    assert run(train.main, [*TINY, "--out_dir", "eager"]) == 0
     assert log_rows("run")[-1][:4] == log_rows("eager")[-1][:4]
 
 
@@ -1577,7 +1247,7 @@ def test_two_processes_train_as_one(home):
     assert len(one) == len(two) == 3
     for a, b in zip(one, two):
         assert [float(x) for x in a[:4]] == pytest.approx([float(x) for x in b[:4]], abs=2e-5)
-    assert files_in("two") == ["best.pt", "ckpt.pt", "log.csv"]
+    assert files_in("two").keys() == {"best.pt", "ckpt.pt", "log.csv"}
 
 
 def test_a_batch_that_the_processes_cannot_share_is_refused(home, monkeypatch, capsys):
@@ -1585,10 +1255,8 @@ def test_a_batch_that_the_processes_cannot_share_is_refused(home, monkeypatch, c
     refused(capsys, train.main, TINY, "batch_size=4", "3 processes")
 
 
-def test_the_routing_map_has_a_row_for_each_sublayer_and_a_column_for_each_source(trained, capsys):
-    assert (
-        run(sample.main, ["--out_dir", str(trained / "run"), "--routing", "--data_dir", "."]) == 0
-    )
+def test_the_routing_map_has_a_row_for_each_sublayer_and_a_column_for_each_source(finished, capsys):
+    assert run(sample.main, ["--out_dir", "run", "--routing"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[1].split() == ["x0", "sum1", "pha1", "spl1", "sum2", "pha2", "spl2", "run"]
     rows = [line for line in lines[2:] if "%" not in line][:9]
