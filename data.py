@@ -82,12 +82,6 @@ def code_points(text):
     return np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)
 
 
-def split(text):
-    """The first nine tenths, and the last."""
-    n = len(text) * 9 // 10
-    return text[:n], text[n:]
-
-
 def pydoc():
     """About 465,000 characters on Python. Their exact number differs between versions of Python."""
     try:
@@ -107,13 +101,13 @@ def text_file(path):
     beside = path.with_name(f"{path.stem}_valid{path.suffix}")
     if beside.exists():
         return read(path), read(beside)
-    return split(read(path))
+    text = read(path)
+    cut = len(text) * 9 // 10
+    return text[:cut], text[cut:]
 
 
 def read(path):
     """A UTF-8 text file as a string; a byte-order mark is dropped, line ends become \\n."""
-    if path.is_dir():
-        raise ValueError(f"{path} is a directory: give the path of a text file")
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
@@ -208,7 +202,7 @@ def fetch(url, path, first):
 
 
 def to_device(ids, device):
-    """Ids as a tensor that can be indexed: the whole text lives on the device."""
+    """The whole text as a tensor on the device: int32 where numpy has uint16, which torch cannot index."""
     return torch.from_numpy(ids if ids.dtype == np.uint8 else ids.astype(np.int32)).to(device)
 
 

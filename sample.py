@@ -38,6 +38,8 @@ def load_checkpoint(path, device="cpu"):
     except Exception as error:  # noqa: BLE001 (a damaged file fails in many ways)
         raise ValueError(f"{path} is not a whole checkpoint ({type(error).__name__})") from None
     try:
+        if type(checkpoint) is not dict:
+            raise ValueError("it holds something else")
         config = GPTConfig(**checkpoint["config"])
         weights, chars = checkpoint["model"], checkpoint["chars"]
         if type(checkpoint["settings"]) is not dict:
@@ -103,11 +105,7 @@ def print_routing(model, checkpoint, data_dir, n_windows=16):
     starts = data.even_starts(val_ids, config.n_ctx, n_windows)
     idx, _ = data.windows(data.to_device(val_ids, model.embed.weight.device), config.n_ctx, starts)
     weights, names = model.routing(idx)
-    with torch.no_grad():  # what the same model read before it learned to choose
-        model.query.zero_()
-        if config.residual == "wav":
-            model.detail_bias.fill_(config.detail_bias)
-    before, _ = model.routing(idx)
+    before, _ = GPT(config).to(idx.device).eval().routing(idx[:1, :1])  # the same for every text
 
     n_sublayer, S = 2 * config.n_layer, model.basis.size(1)
     figures = len(names) <= 40  # the 97 columns of a deep attnres have room for the shades alone
@@ -137,6 +135,7 @@ def print_routing(model, checkpoint, data_dir, n_windows=16):
 
 def cell(weight, figure):
     """A weight from 0 to 1 as a shade and, with room for it, a figure in percent."""
+    # Four shades: up to 16, 31 and 47 percent, and more.
     shade = " ░▒▓█"[math.ceil(4 * min(1.0, 1.6 * weight))]
     if not figure:
         return shade
@@ -145,7 +144,7 @@ def cell(weight, figure):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
-    parser.error = one_line
+    parser.error = raise_usage
     parser.add_argument("--out_dir", help="the run to sample from (default: the latest under out/)")
     parser.add_argument("--prompt", default="", help="text to go on from (default: a new line)")
     parser.add_argument(
@@ -181,7 +180,8 @@ def main(argv=None):
         )
 
 
-def one_line(message):
+def raise_usage(message):
+    """In place of argparse's usage text: run() prints the message as one line."""
     raise ValueError(message)
 
 
@@ -195,8 +195,8 @@ def run(main, argv=None):
     except KeyboardInterrupt:
         return 130
     # Out of the except clause the frames of main are gone: a progress bar has ended its line.
-    if int(os.environ.get("RANK", "0")) == 0:  # under torchrun, one process speaks for all
-        print("error:", *message, file=sys.stderr)
+    rank = os.environ.get("RANK", "0")  # under torchrun, an error may be that of one process alone
+    print("error:" if rank == "0" else f"error (process {rank}):", *message, file=sys.stderr)
     return 2
 
 

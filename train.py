@@ -27,7 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import data
-from sample import load_checkpoint, one_line, run, write_sample
+from sample import load_checkpoint, raise_usage, run, write_sample
 from wav import GPT, GPTConfig
 
 LOG_HEADER = "step,train_loss,val_loss,learning_rate,chars_per_second,seconds\n"
@@ -93,7 +93,7 @@ class Settings:
 def parse(argv=None):
     """The command line as a dict of the settings that it gives, and nothing else."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
-    parser.error = one_line
+    parser.error = raise_usage
     for f in fields(Settings):
         default = "" if f.default in ("", None) else f" (default: {f.default})"
         how = {"type": f.type, "metavar": f.type.__name__}
@@ -294,7 +294,8 @@ def main(argv=None):
     if not checkpoint:
         model = GPT(config)
     model.to(device).train()
-    if on_cuda if s.compile is None else s.compile:
+    compiled = on_cuda if s.compile is None else s.compile
+    if compiled:
         began = time.perf_counter()
         weights = {name: p.clone() for name, p in model.state_dict().items()}
         model.compile()
@@ -305,11 +306,12 @@ def main(argv=None):
                 model(x, y)[1].backward()
             say(f"compiled in {time.perf_counter() - began:.0f} s")
         except Exception as error:  # noqa: BLE001 (whatever the compiler raises)
-            say(f"torch.compile failed ({type(error).__name__}): going on without it")
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            say(f"torch.compile failed ({reason}): going on without it")
             model = GPT(config).to(device).train()
             model.load_state_dict(weights)
         model.zero_grad()
-        torch.manual_seed(s.seed)
+    torch.manual_seed(s.seed + rank)  # of dropout, which differs between processes
     matrices = [p for name, p in model.named_parameters() if name.endswith("weight")]
     vectors = [p for name, p in model.named_parameters() if not name.endswith("weight")]
     optimizer = torch.optim.AdamW(
@@ -379,13 +381,14 @@ def main(argv=None):
         stopped_by = number
 
     stopped_by = 0
-    before = {n: signal.signal(n, stop_later) for n in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {n: signal.signal(n, stop_later) for n in (signal.SIGINT, signal.SIGTERM)}
     n_params = sum(p.numel() for p in model.parameters())
     say(f"{s.residual}, {n_params:,} parameters, {dtype} on {device}, into {out_dir}/")
     chars_per_step = s.grad_accum * s.batch_size * s.n_ctx
     val, timed_chars, timed_seconds = math.nan, 0, 0.0
     bar = tqdm(total=s.max_iters, initial=step, disable=not first, unit="step")
     warm = min(step + 5, s.max_iters - 1)  # the first steps are slower: their speed does not count
+    # began: since the last save, for the seconds; timed: the same but for the first steps.
     began = shown = time.perf_counter()
     timed, timed_step = began, step
     while step < s.max_iters and not stopped_by:
@@ -449,13 +452,13 @@ def main(argv=None):
                     )
                 improved = val < best
                 best = min(val, best)
-                save(*["best.pt"] * improved, "ckpt.pt")
+                save(*(["best.pt"] if improved else []), "ckpt.pt")
         elif first:
             save("ckpt.pt")
         began = timed = time.perf_counter()
         timed_step = step
     bar.close()
-    for number, handler in before.items():
+    for number, handler in handlers.items():
         signal.signal(number, handler)
     if world > 1:
         dist.destroy_process_group()
@@ -475,7 +478,7 @@ def main(argv=None):
         f"{timed_chars / timed_seconds:,.0f} characters/s; {elapsed:,.0f} s of training; "
         f"peak memory {peak_memory(device):,.0f} MB"
     )
-    model, checkpoint = load_checkpoint(out_dir / "best.pt", device)
+    model, _ = load_checkpoint(out_dir / "best.pt", device)
     torch.manual_seed(s.seed)
     write_sample(model, chars, "", 300)
 

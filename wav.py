@@ -5,11 +5,15 @@ A decoder of L layers is a chain of 2L sublayers: attention, MLP, attention, MLP
 an input h_l and returns an update u_l. A *residual variant* is the rule that builds h_l from the token
 embedding x_0 and the updates so far; everything else is the same ordinary decoder.
 
-    standard        the sum of all of them                                                        (1)
-    attnres         a softmax mixture of all of them: attention over depth instead of over time   (2)
-    block_attnres   the same mixture, over sums of blocks of sublayers: fewer, coarser sources    (3)
-    wav             block sums, and two details of each block: phase (attention minus MLP) and
+    standard        h_l = x_0 + u_1 + ... + u_{l-1}                                               (1)
+    attnres         a softmax mixture of x_0, u_1 ... u_{l-1}: attention over depth, not time     (2)
+    block_attnres   the same over x_0, the sum of each completed block of sublayers, and the
+                    running sum of the current block once it has an update                        (3)
+    wav             and two details of each completed block: phase (attention minus MLP) and
                     split (first half minus second half)                                          (6)
+
+The weights are the softmax over sources s of  w_l . RMSNorm(s) + c_s  (4): a query w_l for each
+sublayer, learned, zero at first. Numbers in parentheses are the equations; README lists all seven.
 
 Read on in this order: the decoder's ordinary parts, the basis that names a block's sources, the
 mixer, and GPT.forward, where the four variants differ. `python wav.py` prints the lesson in small.
@@ -45,7 +49,7 @@ class GPTConfig:
     n_embd: int = 128  # D, the width of the residual stream
     n_block: int = 4  # blocks of n_layer / n_block whole layers; attnres: only its schedule
     residual: str = "wav"
-    detail_bias: float = -2.0  # where the logit bias of wav's details starts: e^-2 of a block sum
+    detail_bias: float = -2.0  # where c of (4) starts for details: each weighs e^-2 of a block sum
     dropout: float = 0.0
 
     def __post_init__(self):
@@ -59,19 +63,14 @@ class GPTConfig:
             raise ValueError(f"n_embd={self.n_embd} must be divisible by n_head={self.n_head}")
         if self.n_embd // self.n_head % 2:
             raise ValueError(
-                f"n_embd={self.n_embd} / n_head={self.n_head} gives an odd head width: "
-                "RoPE rotates pairs, so it must be even"
+                f"n_embd={self.n_embd} / n_head={self.n_head} is odd: RoPE turns pairs"
             )
-        if self.residual != "standard" and self.n_layer % self.n_block:
-            divisors = [n for n in range(1, self.n_layer + 1) if self.n_layer % n == 0]
-            raise ValueError(
-                f"n_block={self.n_block} must divide n_layer={self.n_layer}: try one of {divisors}"
-            )
-        if self.residual == "wav" and self.n_layer == self.n_block:
-            raise ValueError(
-                f"n_block={self.n_block} leaves one layer per block, where phase and split are the "
-                "same: wav needs two or more layers per block"
-            )
+        L, n_block = self.n_layer, self.n_block
+        if self.residual != "standard" and L % n_block:
+            divisors = [n for n in range(1, L + 1) if L % n == 0]
+            raise ValueError(f"{n_block=} must divide n_layer={L}: try one of {divisors}")
+        if self.residual == "wav" and L == n_block:
+            raise ValueError(f"{n_block=} leaves one layer per block: wav needs two or more")
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"dropout={self.dropout} must be in [0, 1)")
         if not -1000 <= self.detail_bias <= 1000:
@@ -84,8 +83,8 @@ class GPTConfig:
 
 def inverse_rms(x):
     """1 / root mean square over the last dimension, (..., D) -> (..., 1), in fp32 or better."""
-    # As a norm it is one pass over x. The floor only keeps an all-zero vector from dividing by zero:
-    # at 97 sources the stream starts at a mean square of 4e-8, which the usual eps of 1e-6 would swamp.
+    # The floor only keeps an all-zero vector from dividing by zero: over 97 sources a stream starts
+    # with a mean square of 4e-8, in which the usual eps of 1e-6 would drown it.
     dtype = torch.promote_types(x.dtype, torch.float32)  # bf16 is summed in fp32
     rms = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=dtype) / x.size(-1) ** 0.5
     return rms.clamp_min(1e-12).reciprocal()
@@ -93,7 +92,7 @@ def inverse_rms(x):
 
 def rms_norm(x):
     """RMSNorm without a gain: the linear layer that always follows would absorb it."""
-    return x * inverse_rms(x)
+    return (x * inverse_rms(x)).to(x.dtype)
 
 
 def rope_table(n_ctx, head_width):
@@ -138,14 +137,8 @@ class Attention(nn.Module):
                 mask = torch.ones(T, past + T, dtype=torch.bool, device=h.device).tril(past)
         if cache is not None:
             cache[self] = k, v
-        y = F.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            attn_mask=mask,
-            is_causal=not seen,
-            dropout_p=self.dropout if self.training else 0.0,
-        )
+        dropout = self.dropout if self.training else 0.0
+        y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=not seen)
         y = self.proj(y.transpose(1, 2).reshape(B, T, D))
         return F.dropout(y, self.dropout, self.training)
 
@@ -161,7 +154,7 @@ class MLP(nn.Module):
         self.up = nn.Linear(config.n_embd, width, bias=False)
         self.down = nn.Linear(width, config.n_embd, bias=False)
 
-    def forward(self, h, cache=None):  # one position knows nothing of another: no use for the cache
+    def forward(self, h, cache=None):  # no use for the cache: an MLP sees one position at a time
         h = rms_norm(h)
         y = self.down(F.silu(self.gate(h)) * self.up(h))
         return F.dropout(y, self.dropout, self.training)
@@ -174,7 +167,9 @@ class MLP(nn.Module):
 def basis(residual, S):
     """The matrix W (K, S): a block with updates U (S, D) offers the K sources W U.            (5)
 
-    The rows of wav are Walsh functions over depth; phase and split sum to zero.
+    phase and split sum to zero. With an even number of layers in a block the three rows are orthogonal
+    (Walsh functions over depth, if S is a power of two); with an odd number split cuts the middle
+    layer, between its attention and its MLP, and overlaps with phase a little.
     """
     if residual == "attnres":
         return torch.eye(S)
@@ -185,20 +180,22 @@ def basis(residual, S):
     return torch.stack([total, phase, split] if residual == "wav" else [total])
 
 
-def mix(sources, scale, query, bias=None):
+def mix(sources, inv_rms, query, bias=None):
     """Softmax mixtures of N sources, one for each of S queries, token by token.
 
-    sources (N, B, T, D); scale (N, B, T, 1), their inverse_rms; query (S, D); bias (N, 1, 1, S).
+    sources (N, B, T, D); inv_rms (N, B, T, 1), theirs; query (S, D); bias (N, 1, 1, S).
     Returns the S mixtures, each (B, T, D), and the S log-sum-exps of their logits, each (B, T).
     The keys are RMS-normalised, w . RMSNorm(s) = (w . s) / rms(s); the values are the raw sources.
     """
-    # A single query multiplies as a vector: a matrix of one column is several times slower on a CPU.
-    dots = sources @ query.T if len(query) > 1 else (sources @ query[0])[..., None]  # (N, B, T, S)
-    logits = dots * scale  # in fp32 under autocast too, because scale is                       (4)
+    # A single query multiplies as a vector: as a matrix of one column it is several times slower.
+    dots = sources @ query.T if len(query) > 1 else (sources @ query[0])[..., None]
+    logits = (
+        dots * inv_rms
+    )  # (N, B, T, S): under autocast the dots are bf16, from here on fp32  (4)
     if bias is not None:
         logits = logits + bias
-    if len(sources) == 1:
-        return [sources[0]] * len(query), logits[0].unbind(-1)  # a softmax over one source is 1
+    if len(sources) == 1:  # the first block, and every running sum: a softmax over one source is 1
+        return [sources[0]] * len(query), logits[0].unbind(-1)
     lse = logits.logsumexp(0)  # (B, T, S)
     weights = (logits - lse).exp().to(sources.dtype)  # (N, B, T, S)
     # For each token a product (S, N) @ (N, D): all the queries read the sources in one pass.
@@ -209,8 +206,8 @@ def mix(sources, scale, query, bias=None):
 def step(sublayer, past, past_lse, running, query, cache=None):
     """Phase 2: merge what the history says with what the block has made so far, and run a sublayer.
 
-    past (B, T, D) and past_lse (B, T), the sublayer's mixture from phase 1; running (N, B, T, D),
-    the running sources, or None at the start of a block; query (D).
+    past (B, T, D) and past_lse (B, T), the sublayer's m and lambda of (7) from phase 1; running
+    (N, B, T, D), the running sources, or None at the start of a block; query (D).
     Two softmaxes merge by their log-sum-exps into the softmax over both: a sigmoid gate.
     """
     h = past
@@ -222,18 +219,19 @@ def step(sublayer, past, past_lse, running, query, cache=None):
 
 
 def offer(W, updates, match):
-    """What a completed block offers: its sources (K, B, T, D) and their inverse_rms (K, B, T, 1).
+    """What a completed block offers: its sources (K, B, T, D) and their inverse rms (K, B, T, 1).
 
     With match, each detail gets the magnitude of its block's sum, token by token, and no gradient
     flows through that factor.
     """
     U = torch.stack(updates)  # (S, B, T, D)
-    made = torch.tensordot(W.to(U.dtype), U, 1)  # W U                                          (5)
-    scale = inverse_rms(made)
+    sources = torch.tensordot(W.to(U.dtype), U, 1)  # W U                                       (5)
+    inv_rms = inverse_rms(sources)
     if match:
-        gain = (scale / scale[0]).detach()  # rms(sum) / rms(detail), and 1 for the sum itself  (6)
-        made, scale = made * gain.to(made.dtype), scale / gain
-    return made, scale
+        gain = (inv_rms / inv_rms[0]).detach()  # rms(sum) / rms(detail); 1 for the sum itself  (6)
+        sources = sources * gain.to(sources.dtype)
+        inv_rms = inv_rms / gain  # in value that of the sum; its gradient is the detail's own
+    return sources, inv_rms
 
 
 class GPT(nn.Module):
@@ -292,7 +290,7 @@ class GPT(nn.Module):
             for sublayer in self.sublayers:
                 x = x + sublayer(x, cache)  # (1)
         else:
-            x = self.route(x, cache)  # (2), (3)
+            x = self.route(x, cache)  # (2), (3), (6)
         logits = self.head(rms_norm(x))
         if targets is None:
             return logits, None
@@ -301,7 +299,7 @@ class GPT(nn.Module):
     def queries(self, first, last, n_source):
         """The queries first..last-1 (S, D) and their bias for n_source sources (N, 1, 1, S)."""
         query = self.query[first:last]
-        if self.config.residual != "wav" or n_source == 1:
+        if self.config.residual != "wav":
             return query, None
         # c of (4): learned for phase and split, 0 for the sum before them and for x_0 before all.
         bias = F.pad(self.detail_bias[first:last], (1, 0)).repeat(1, n_source // 3)
@@ -314,27 +312,26 @@ class GPT(nn.Module):
         runs, all its queries read the completed sources at once; inside it only what the block itself
         has made so far is new, and merging the two softmaxes is a sigmoid gate.
         """
-        if torch.is_autocast_enabled(x.device.type):  # sources in bf16, statistics in fp32
+        if torch.is_autocast_enabled(x.device.type):  # bf16 sources; norms and softmax in fp32
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        full = self.config.residual == "attnres"
+        attnres, wav = self.config.residual == "attnres", self.config.residual == "wav"
         S, n_sublayer = self.basis.size(1), len(self.sublayers)
-        sources, scale = x[None], inverse_rms(x)[None]  # completed: x_0, then K of each block
+        sources, inv_rms = x[None], inverse_rms(x)[None]  # completed: x_0, then K of each block
         for first in range(0, n_sublayer, S):
-            past, past_lse = self.mix(sources, scale, *self.queries(first, first + S, len(sources)))
+            query, bias = self.queries(first, first + S, len(sources))
+            past, past_lse = self.mix(sources, inv_rms, query, bias)
             updates, running = [], None
             for j in range(S):
-                sublayer, query = self.sublayers[first + j], self.query[first + j]
-                u = self.step(sublayer, past[j], past_lse[j], running, query, cache)
+                sublayer = self.sublayers[first + j]
+                u = self.step(sublayer, past[j], past_lse[j], running, query[j], cache)
                 updates.append(u)
-                # New inside the block, for its next sublayer: its updates (2), or their sum (3).
-                if full:
-                    running = torch.stack(updates)
-                else:
-                    running = running + u if j > 0 else u[None]
-            made, made_scale = self.offer(self.basis, updates, self.config.residual == "wav")
-            sources, scale = torch.cat([sources, made]), torch.cat([scale, made_scale])
+                # The running sources: the block's updates so far (2), or their sum (3).
+                running = torch.stack(updates) if attnres else u[None] if j == 0 else running + u
+            new, new_inv_rms = self.offer(self.basis, updates, match=wav)
+            sources, inv_rms = torch.cat([sources, new]), torch.cat([inv_rms, new_inv_rms])
         # The output reads every block with the last query, not only the last block.
-        (h,), _ = self.mix(sources, scale, *self.queries(n_sublayer, n_sublayer + 1, len(sources)))
+        query, bias = self.queries(n_sublayer, n_sublayer + 1, len(sources))
+        (h,), _ = self.mix(sources, inv_rms, query, bias)
         return h
 
     @torch.no_grad()
