@@ -258,6 +258,21 @@ def test_standard_has_no_routing_to_show():
         make("standard").routing(some_ids())
 
 
+def test_attention_sees_the_order_of_positions_and_their_distances_alone():
+    cos, sin = wav.rope_table(16, 8)
+    x, y = torch.randn(2, 8, generator=torch.Generator().manual_seed(1))
+    turned = [v * cos[:, 0] + v.roll(4) * sin[:, 0] for v in (x, y)]  # (16, 8) each
+    dots = turned[0] @ turned[1].T
+    for distance in range(-15, 16):
+        diagonal = dots.diagonal(distance)
+        torch.testing.assert_close(diagonal, diagonal[:1].expand_as(diagonal), rtol=1e-4, atol=1e-5)
+    assert dots[0].std() > 0.1
+    attention = make("standard").sublayers[0]
+    h = torch.randn(1, 5, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    swapped = attention(h[:, [1, 0, 2, 3, 4]])
+    assert not attention(h)[:, -1].isclose(swapped[:, -1]).any()
+
+
 @pytest.mark.parametrize("residual", RESIDUALS)
 def test_a_change_at_one_position_changes_no_logit_before_it(residual):
     model, idx = make(residual), some_ids()
