@@ -83,8 +83,8 @@ class GPTConfig:
 
 def inverse_rms(x):
     """1 / root mean square over the last dimension, (..., D) -> (..., 1), in fp32 or better."""
-    # The floor only keeps an all-zero vector from dividing by zero: over 97 sources a stream starts
-    # with a mean square of 4e-8, in which the usual eps of 1e-6 would drown it.
+    # The floor only keeps an all-zero vector from dividing by zero. The usual eps of 1e-6 would do
+    # harm: a mean of 97 sources starts with a mean square of 4e-8.
     dtype = torch.promote_types(x.dtype, torch.float32)  # bf16 is summed in fp32
     rms = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=dtype) / x.size(-1) ** 0.5
     return rms.clamp_min(1e-12).reciprocal()
@@ -189,9 +189,7 @@ def mix(sources, inv_rms, query, bias=None):
     """
     # A single query multiplies as a vector: as a matrix of one column it is several times slower.
     dots = sources @ query.T if len(query) > 1 else (sources @ query[0])[..., None]
-    logits = (
-        dots * inv_rms
-    )  # (N, B, T, S): under autocast the dots are bf16, from here on fp32  (4)
+    logits = dots * inv_rms  # (N, B, T, S); under autocast the dots are bf16, all after is fp32 (4)
     if bias is not None:
         logits = logits + bias
     if len(sources) == 1:  # the first block, and every running sum: a softmax over one source is 1
