@@ -81,7 +81,7 @@ def encode(prompt, chars):
     if unknown:
         raise ValueError(
             f"the model never saw {', '.join(map(repr, unknown))} in the prompt: "
-            f"its {len(chars)} characters are {''.join(chars)!r}"
+            f"its {len(chars):,} characters are {''.join(chars[:200])!r}{' ...' * (len(chars) > 200)}"
         )
     return torch.tensor([[ids[char] for char in prompt]])
 

@@ -1263,18 +1263,30 @@ def test_a_compiler_that_fails_is_named_and_training_goes_on_without_it(home, mo
     assert log_rows("run")[-1][:4] == log_rows("eager")[-1][:4]
 
 
+def train_with_two_processes(argv):
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
+    command = [*launcher, str(Path(train.__file__).resolve()), *argv]
+    subprocess.run(command, check=True, capture_output=True, timeout=120)
+
+
 def test_two_processes_train_as_one(home):
     argv = [*TINY, "--grad_accum", "2", "--max_iters", "6", "--dtype", "float32"]
     assert run(train.main, [*argv, "--out_dir", "one"]) == 0
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
-    script = Path(train.__file__).resolve()
-    command = [*launcher, str(script), *argv, "--out_dir", "two"]
-    subprocess.run(command, check=True, capture_output=True, timeout=120)
+    train_with_two_processes([*argv, "--out_dir", "two"])
     one, two = log_rows("one"), log_rows("two")
     assert len(one) == len(two) == 3
     for a, b in zip(one, two):
         assert [float(x) for x in a[:4]] == pytest.approx([float(x) for x in b[:4]], abs=2e-5)
     assert files_in("two").keys() == {"best.pt", "ckpt.pt", "log.csv"}
+
+
+def test_two_processes_resume_with_the_dropout_of_the_unbroken_run(home):
+    argv = [*TINY, "--dropout", "0.5", "--learning_rate", "0.01", "--min_lr", "0.01"]
+    train_with_two_processes(argv)
+    train_with_two_processes([*argv, "--out_dir", "broken", "--max_iters", "2"])
+    train_with_two_processes(["--out_dir", "broken", "--resume", "--max_iters", "4"])
+    whole, broken = log_rows("run"), log_rows("broken")
+    assert [row[:4] for row in whole] == [row[:4] for row in broken]
 
 
 def test_a_batch_that_the_processes_cannot_share_is_refused(home, monkeypatch, capsys):

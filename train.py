@@ -45,7 +45,6 @@ RESUMABLE = {
     "elapsed": float,
     "best": float,
     "losses": torch.Tensor,
-    "rng": torch.Tensor,
 }
 
 
@@ -297,7 +296,6 @@ def main(argv=None):
     compiled = on_cuda if s.compile is None else s.compile
     if compiled:
         began = time.perf_counter()
-        weights = {name: p.clone() for name, p in model.state_dict().items()}
         model.compile()
         try:  # one batch through all that is to be compiled, with and without gradients
             evaluate(model, val_ids, val_starts[None, : s.batch_size // world], s, autocast)
@@ -308,10 +306,10 @@ def main(argv=None):
         except Exception as error:  # noqa: BLE001 (whatever the compiler raises)
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
             say(f"torch.compile failed ({reason}): going on without it")
-            model = GPT(config).to(device).train()
-            model.load_state_dict(weights)
+            plain = GPT(config).to(device).train()
+            plain.load_state_dict(model.state_dict())
+            model = plain
         model.zero_grad()
-    torch.manual_seed(s.seed + rank)  # of dropout, which differs between processes
     matrices = [p for name, p in model.named_parameters() if name.endswith("weight")]
     vectors = [p for name, p in model.named_parameters() if not name.endswith("weight")]
     optimizer = torch.optim.AdamW(
@@ -327,9 +325,6 @@ def main(argv=None):
             group.update(betas=(s.beta1, s.beta2), weight_decay=decay)
         step, elapsed, best = (checkpoint[name] for name in ("step", "elapsed", "best"))
         losses = list(checkpoint["losses"].to(device))
-        torch.set_rng_state(checkpoint["rng"])
-        if on_cuda and checkpoint["cuda_rng"] is not None:
-            torch.cuda.set_rng_state(checkpoint["cuda_rng"], device)
     network = model if world == 1 else DistributedDataParallel(model, broadcast_buffers=False)
 
     # ----------------------------------------------------------------------------------------------
@@ -354,8 +349,6 @@ def main(argv=None):
                 "elapsed": elapsed,
                 "best": best,
                 "losses": torch.tensor(losses),
-                "rng": torch.get_rng_state(),
-                "cuda_rng": torch.cuda.get_rng_state(device) if on_cuda else None,
             },
             content,
         )
@@ -385,21 +378,21 @@ def main(argv=None):
     n_params = sum(p.numel() for p in model.parameters())
     say(f"{s.residual}, {n_params:,} parameters, {dtype} on {device}, into {out_dir}/")
     chars_per_step = s.grad_accum * s.batch_size * s.n_ctx
-    val, timed_chars, timed_seconds = math.nan, 0, 0.0
+    val = math.nan
     bar = tqdm(total=s.max_iters, initial=step, disable=not first, unit="step")
     warm = min(step + 5, s.max_iters - 1)  # the first steps are slower: their speed does not count
-    # began: since the last save, for the seconds; timed: the same but for the first steps.
-    began = shown = time.perf_counter()
-    timed, timed_step = began, step
+    timed_step, timed_from = step, elapsed
+    began = shown = time.perf_counter()  # elapsed counts the seconds of steps, and only of steps
     while step < s.max_iters and not stopped_by:
         if step == warm:
             if losses:
                 losses[-1].item()  # wait for the device
-            timed, timed_step = time.perf_counter(), step
+            timed_step, timed_from = step, elapsed + time.perf_counter() - began
         lr = learning_rate(s, step)
         for group in optimizer.param_groups:
             group["lr"] = lr
         starts = data.random_starts(train_ids, s.n_ctx, s.grad_accum * s.batch_size, s.seed, step)
+        torch.manual_seed(hash((s.seed, step, rank)))  # dropout is that of (seed, step) as well
         loss_of_step = 0.0
         for i, mine in enumerate(starts.reshape(s.grad_accum, world, -1)[:, rank]):
             x, y = data.windows(train_ids, s.n_ctx, mine)
@@ -427,15 +420,13 @@ def main(argv=None):
             continue
         train_loss = finite_mean(losses, step)
         now = shown = time.perf_counter()
-        speed = (step - timed_step) * chars_per_step / (now - timed)
+        seconds = elapsed + now - began
+        speed = (step - timed_step) * chars_per_step / (seconds - timed_from)
         loss = losses[-1].item()
         bar.set_postfix_str(f"loss {loss:.4f}, val {val:.4f}, {speed:,.0f} chars/s")
         if not (due or stopped_by):
             continue
-        elapsed += now - began
-        if step > warm:
-            timed_chars += (step - timed_step) * chars_per_step
-            timed_seconds += now - timed
+        elapsed = seconds
         if due:
             if world > 1:
                 word = torch.tensor(train_loss / world)
@@ -455,8 +446,7 @@ def main(argv=None):
                 save(*(["best.pt"] if improved else []), "ckpt.pt")
         elif first:
             save("ckpt.pt")
-        began = timed = time.perf_counter()
-        timed_step = step
+        began = time.perf_counter()
     bar.close()
     for number, handler in handlers.items():
         signal.signal(number, handler)
@@ -475,7 +465,7 @@ def main(argv=None):
 
     print(
         f"best validation loss {best:.4f} nats ({best / math.log(2):.4f} bits) per character; "
-        f"{timed_chars / timed_seconds:,.0f} characters/s; {elapsed:,.0f} s of training; "
+        f"{speed:,.0f} characters/s; {elapsed:,.0f} s of training; "
         f"peak memory {peak_memory(device):,.0f} MB"
     )
     model, _ = load_checkpoint(out_dir / "best.pt", device)
