@@ -132,7 +132,7 @@ class Attention(nn.Module):
         qk, v = self.qkv(rms_norm(h)).view(B, T, 3 * H, D // H).split([2 * H, H], dim=2)
         swapped = qk.roll(D // H // 2, dims=-1)  # (B, T, 2H, D/H), as qk
         cos, sin = self.cos[past : past + T], self.sin[past : past + T]
-        qk = torch.addcmul(qk * cos, swapped, sin)
+        qk = torch.addcmul(qk * cos, swapped, sin)  # + swapped * sin, in one pass fewer
         q, k = qk.to(v.dtype).transpose(1, 2).chunk(2, dim=1)  # (B, H, T, D/H) each
         v = v.transpose(1, 2)  # (B, H, T, D/H)
         mask = None
@@ -185,16 +185,18 @@ def basis(residual, S):
     return torch.stack([total, phase, split] if residual == "wav" else [total])
 
 
-def mix(sources, inv_rms, query, bias=0.0):
+def mix(sources, inv_rms, query, bias=None):
     """Softmax mixtures of N sources, one for each of S queries, token by token.
 
-    sources (N, B, T, D); inv_rms (N, B, T, 1), theirs; query (S, D); bias (N, 1, 1, S) or 0.
+    sources (N, B, T, D); inv_rms (N, B, T, 1), theirs; query (S, D); bias (N, 1, 1, S).
     Returns the S mixtures, each (B, T, D), and the S log-sum-exps of their logits, each (B, T).
     The keys are RMS-normalised, w . RMSNorm(s) = (w . s) / rms(s); the values are the raw sources.
     """
     # A single query multiplies as a vector: as a matrix of one column it is several times slower.
     dots = sources @ query.T if len(query) > 1 else (sources @ query[0])[..., None]
-    logits = dots * inv_rms + bias  # (N, B, T, S), in fp32 even where the dots are bf16        (4)
+    logits = dots * inv_rms  # (N, B, T, S), in fp32 even where the dots are bf16               (4)
+    if bias is not None:
+        logits = logits + bias
     if len(sources) == 1:  # the first block, and every running sum: a softmax over one source is 1
         return [sources[0]] * len(query), logits[0].unbind(-1)
     lse = logits.logsumexp(0)  # (B, T, S)
@@ -301,10 +303,10 @@ class GPT(nn.Module):
         return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
     def queries(self, first, last, n_source):
-        """The queries first to last - 1 (S, D), and their bias for n_source sources (N, 1, 1, S) or 0."""
+        """The queries first to last - 1 (S, D), and their bias for n_source sources (N, 1, 1, S)."""
         query = self.query[first:last]
         if self.config.residual != "wav":
-            return query, 0.0
+            return query, None
         # c of (4): 0 for x_0; then, for each completed block, 0, phase's and split's.
         bias = F.pad(self.detail_bias[first:last], (1, 0))  # (S, 3)
         bias = F.pad(bias.repeat(1, n_source // 3), (1, 0))  # (S, N)
@@ -396,7 +398,8 @@ class GPT(nn.Module):
             read = completed | ({"running": sum(updates)} if updates else {})
             sources = torch.stack([*read.values()])  # (N, B, T, D)
             logits = sources @ query.T * inverse_rms(sources)  # (N, B, T, 1)
-            logits[: len(completed)] += bias
+            if bias is not None:
+                logits[: len(completed)] += bias
             weights = logits.softmax(0)  # (4)
             rows.append(dict(zip(read, weights.mean((1, 2, 3)).tolist())))
             if l < len(self.sublayers):
