@@ -201,11 +201,9 @@ def mix(sources, inv_rms, query, bias=None):
         return [sources[0]] * len(query), logits[0].unbind(-1)
     lse = logits.logsumexp(0)  # (B, T, S)
     weights = (logits - lse).exp().to(sources.dtype)  # (N, B, T, S)
-    # For each token a product (S, N) @ (N, D): all the queries read the sources in one pass. Weights
-    # that are not contiguous would be multiplied token by token.
-    mixtures = weights.permute(1, 2, 3, 0).contiguous() @ sources.permute(
-        1, 2, 0, 3
-    )  # (B, T, S, D)
+    # For each token a product (S, N) @ (N, D): all the queries read the sources in one pass.
+    weights = weights.permute(1, 2, 3, 0).contiguous()  # else matmul goes token by token on a CPU
+    mixtures = weights @ sources.permute(1, 2, 0, 3)  # (B, T, S, D)
     return mixtures.unbind(2), lse.unbind(-1)
 
 
@@ -236,7 +234,7 @@ def offer(W, updates, match):
     if match:
         gain = (inv_rms / inv_rms[0]).detach()  # rms(sum) / rms(detail); 1 for the sum itself  (6)
         sources = sources * gain.to(sources.dtype)
-        inv_rms = inv_rms / gain  # the gain is a constant: (4) sees it as little as it sees scale
+        inv_rms = inv_rms / gain  # that of the matched sources, gradient and all
     return sources, inv_rms
 
 
@@ -272,8 +270,8 @@ class GPT(nn.Module):
 
         embed, head, qkv, gate, up    normal, std 0.02
         proj, down                    normal, std 0.02 / sqrt(2L): 2L updates add up in the stream
-        query                         zero: at first every mixture is a mean, but for wav's details,
-        detail_bias                   config.detail_bias: which weigh e^detail_bias of a sum
+        query                         zero: at first nothing but detail_bias tells sources apart
+        detail_bias                   config.detail_bias: below 0, so that details start low
         """
         for name, p in self.named_parameters():
             if name == "query":
