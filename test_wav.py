@@ -1280,6 +1280,13 @@ def test_two_processes_train_as_one(home):
     assert files_in("two").keys() == {"best.pt", "ckpt.pt", "log.csv"}
 
 
+def test_dropout_is_drawn_anew_at_every_step(home, monkeypatch):
+    seeds, seed = [], torch.manual_seed
+    monkeypatch.setattr(torch, "manual_seed", lambda n: seeds.append(n) or seed(n))
+    assert run(train.main, [*TINY, "--dropout", "0.5"]) == 0
+    assert len(set(seeds)) >= 4  # TINY has four steps
+
+
 def test_two_processes_resume_with_the_dropout_of_the_unbroken_run(home):
     argv = [*TINY, "--dropout", "0.5", "--learning_rate", "0.01", "--min_lr", "0.01"]
     train_with_two_processes(argv)
