@@ -63,13 +63,11 @@ def load_checkpoint(path, device="cpu"):
     return model.eval(), checkpoint
 
 
-def latest_run(out="out"):
+def latest_run():
     """The folder under out/ whose checkpoint was written last."""
-    runs = sorted(Path(out).glob("*/best.pt"), key=lambda path: path.stat().st_mtime)
+    runs = sorted(Path("out").glob("*/best.pt"), key=lambda path: path.stat().st_mtime)
     if not runs:
-        raise ValueError(
-            f"no checkpoint under {out}/: run `python train.py` first, or give --out_dir"
-        )
+        raise ValueError("no checkpoint under out/: run `python train.py` first, or give --out_dir")
     return runs[-1].parent
 
 
@@ -95,14 +93,14 @@ def write_sample(model, chars, prompt, n_chars, temperature=1.0, top_k=None):
     print()
 
 
-def print_routing(model, checkpoint, data_dir, n_windows=16):
+def print_routing(model, checkpoint, data_dir):
     """The mixing weights on validation text, in percent: a row for each sublayer and the output, a
     column for each source. Then their sums by kind of source, now and at initialisation."""
     config, settings = model.config, checkpoint["settings"]
     _, val_ids, chars = data.load(settings["dataset"], data_dir or settings["data_dir"])
     if chars != checkpoint["chars"]:
         raise ValueError(f"dataset={settings['dataset']!r} is not the text of this checkpoint")
-    starts = data.even_starts(val_ids, config.n_ctx, n_windows)
+    starts = data.even_starts(val_ids, config.n_ctx, 16)
     idx, _ = data.windows(data.to_device(val_ids, model.embed.weight.device), config.n_ctx, starts)
     weights, names = model.routing(idx)
     before, _ = GPT(config).to(idx.device).eval().routing(idx[:1, :1])  # the same for every text

@@ -378,7 +378,7 @@ def main(argv=None):
     n_params = sum(p.numel() for p in model.parameters())
     say(f"{s.residual}, {n_params:,} parameters, {dtype} on {device}, into {out_dir}/")
     chars_per_step = s.grad_accum * s.batch_size * s.n_ctx
-    val = math.nan
+    shown_val = ""  # the validation loss, once there is one
     bar = tqdm(total=s.max_iters, initial=step, disable=not first, unit="step")
     warm = min(step + 5, s.max_iters - 1)  # the first steps are slower: their speed does not count
     timed_step, timed_from = step, elapsed
@@ -423,7 +423,7 @@ def main(argv=None):
         seconds = elapsed + now - began
         speed = (step - timed_step) * chars_per_step / (seconds - timed_from)
         loss = losses[-1].item()
-        bar.set_postfix_str(f"loss {loss:.4f}, val {val:.4f}, {speed:,.0f} chars/s")
+        bar.set_postfix_str(f"loss {loss:.4f}{shown_val}, {speed:,.0f} chars/s")
         if not (due or stopped_by):
             continue
         elapsed = seconds
@@ -436,7 +436,8 @@ def main(argv=None):
             if first:
                 starts = val_starts.reshape(-1, s.batch_size // world)
                 val = finite_mean([evaluate(model, val_ids, starts, s, autocast)], step)
-                bar.set_postfix_str(f"loss {loss:.4f}, val {val:.4f}, {speed:,.0f} chars/s")
+                shown_val = f", val {val:.4f}"
+                bar.set_postfix_str(f"loss {loss:.4f}{shown_val}, {speed:,.0f} chars/s")
                 with open(log, "a") as file:
                     file.write(
                         f"{step},{train_loss:.6f},{val:.6f},{lr:.6g},{speed:.0f},{elapsed:.1f}\n"

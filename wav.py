@@ -49,9 +49,7 @@ class GPTConfig:
     n_layer: int = 12  # attention + MLP pairs: twice as many sublayers
     n_head: int = 4
     n_embd: int = 128  # D, the width of the residual stream
-    n_block: int = (
-        4  # equal blocks of whole layers; for attnres a matter of speed, not of the result
-    )
+    n_block: int = 4  # equal blocks of whole layers; to attnres only a matter of speed
     residual: str = "wav"
     detail_bias: float = -2.0  # where c of (4) starts for details: each weighs e^-2 of a block sum
     dropout: float = 0.0
@@ -385,10 +383,8 @@ class GPT(nn.Module):
         if self.config.residual == "standard":
             raise ValueError("residual='standard' has no routing to show: every weight is 1")
         W, kinds = self.basis, KINDS[: len(self.basis)]
-        if (
-            self.config.residual == "attnres"
-        ):  # its blocks are only a schedule: here, one sublayer each
-            W, kinds = W[:1, :1], ("u",)
+        if self.config.residual == "attnres":
+            W, kinds = W[:1, :1], ("u",)  # its blocks are only a schedule: here, one sublayer each
         S = W.size(1)
         completed, updates, rows = {"x0": self.embed(idx)}, [], []
         for l in range(len(self.sublayers) + 1):
