@@ -2,200 +2,218 @@
 Text from a trained model, character by character, or the map of what its sublayers read.
 
     python sample.py                                  # the latest run under out/
-    python sample.py --out_dir out/pydoc-wav-12x128 --prompt "The import statement" --temperature 0.8
+    python sample.py --out_dir out/pydoc-wav-12x128 --prompt "The import statement" --top_k 5
     python sample.py --routing
 """
 
 import argparse
+import io
 import math
 import os
 import pickle
+import re
+import signal
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
 import data
-from wav import GPT, GPTConfig
+from wav import GPT, GPTConfig, require
+
+
+def save_checkpoint(paths, model, chars, **rest):
+    """Write a checkpoint, as load_checkpoint reads it, to each of paths."""
+    content = io.BytesIO()
+    kept = {"config": asdict(model.config), "model": model.state_dict(), "chars": chars, **rest}
+    torch.save(kept, content)
+    for path in paths:
+        write_whole(path, content.getbuffer())
+
+
+def write_whole(path, content):
+    """Write bytes under a temporary name, flush them to disk and move them into place."""
+    part = path.with_name(path.name + ".part")
+    try:
+        with open(part, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except OSError:
+        part.unlink(missing_ok=True)
+        raise
 
 
 def load_checkpoint(path, device="cpu"):
     """The checkpoint at path, as (model in eval mode, checkpoint dict).
 
-    Only tensors and plain values are read (weights_only): a file that would run code is refused.
-    Raises ValueError for what is not a checkpoint of train.py, OSError for what cannot be read.
+    Only tensors and plain values are read (weights_only), and compared with what the config claims
+    before a model takes memory. Raises ValueError for what train.py did not write, or OSError.
     """
-    path = Path(path)
     try:
         with open(path, "rb") as file:
             checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+        require(type(checkpoint) is dict, "it holds something else")
+        require(type(checkpoint["settings"]) is dict, "it has no settings")
+        config = GPTConfig(**checkpoint["config"])
+        weights, chars = checkpoint["model"], checkpoint["chars"]
+        vocabulary = len(chars) == config.vocab_size and sorted(set(chars)) == list(chars)
+        require(vocabulary, f"{len(chars)} characters for a vocabulary of {config.vocab_size}")
+        n_layer = sum(name.endswith("proj.weight") for name in weights)
+        require(n_layer == config.n_layer, f"it has {n_layer} layers of {config.n_layer}")
+        with torch.device("meta"):
+            claimed = {name: w.shape for name, w in GPT(config).state_dict().items()}
+        shapes = {name: w.shape for name, w in weights.items()}
+        require(shapes == claimed, "its tensors are not of the shapes that its config claims")
+        require(all(w.is_contiguous() for w in weights.values()), "its tensors are stretched")
     except OSError:
         raise
     except pickle.UnpicklingError:
-        raise ValueError(
-            f"{path} is refused: it holds more than tensors and plain values"
-        ) from None
+        raise ValueError(f"{path} is refused: it holds more than tensors and values") from None
     except Exception as error:  # noqa: BLE001 (a damaged file fails in many ways)
-        raise ValueError(f"{path} is not a whole checkpoint ({type(error).__name__})") from None
-    try:
-        if type(checkpoint) is not dict:
-            raise ValueError("it holds something else")
-        config = GPTConfig(**checkpoint["config"])
-        weights, chars = checkpoint["model"], checkpoint["chars"]
-        if type(checkpoint["settings"]) is not dict:
-            raise ValueError("it has no settings")
-        if len(chars) != config.vocab_size or sorted(set(chars)) != list(chars):
-            raise ValueError(f"{len(chars)} characters for a vocabulary of {config.vocab_size}")
-        # Compare before anything is allocated: a config may claim far more than its tensors hold.
-        if sum(name.endswith("proj.weight") for name in weights) != config.n_layer:
-            raise ValueError(f"its tensors are not those of {config.n_layer} layers")
-        with torch.device("meta"):
-            claimed = {name: w.shape for name, w in GPT(config).state_dict().items()}
-        if claimed != {name: w.shape for name, w in weights.items()}:
-            raise ValueError("its tensors are not of the shapes that its config claims")
-        if not all(w.is_contiguous() for w in weights.values()):
-            raise ValueError("its tensors hold less than they claim")
-        model = GPT(config).to(device)
-        model.load_state_dict(weights)
-    except Exception as error:  # noqa: BLE001
-        reason = str(error).split("\n")[0]
-        raise ValueError(f"{path} is not a checkpoint of train.py: {reason}") from None
+        reason = f"{type(error).__name__}: {error}".split("\n")[0]
+        raise ValueError(f"{path} is not a whole checkpoint of train.py: {reason}") from None
+    model = GPT(config).to(device)
+    model.load_state_dict(weights)
     return model.eval(), checkpoint
 
 
-def latest_run():
-    """The folder under out/ whose checkpoint was written last."""
-    runs = sorted(Path("out").glob("*/best.pt"), key=lambda path: path.stat().st_mtime)
-    if not runs:
-        raise ValueError("no checkpoint under out/: run `python train.py` first, or give --out_dir")
-    return runs[-1].parent
+def find_checkpoint(out_dir):
+    """The best checkpoint of a run (None: of the latest under out/), or early on its only one."""
+    if not out_dir:
+        runs = sorted(Path("out").glob("*/ckpt.pt"), key=lambda path: path.stat().st_mtime)
+        require(runs, "no run under out/: run `python train.py` first, or give --out_dir")
+        out_dir = runs[-1].parent
+    best = Path(out_dir, "best.pt")
+    return best if best.exists() else Path(out_dir, "ckpt.pt")
 
 
 def encode(prompt, chars):
-    """The ids of a prompt (1, T). An empty one becomes a line end, or the text's first character."""
+    """The ids of a prompt (1, T). An empty one becomes a line end, or the first character."""
     prompt = prompt or ("\n" if "\n" in chars else chars[0])
     ids = {char: i for i, char in enumerate(chars)}
-    unknown = sorted(set(prompt) - set(ids))
-    if unknown:
-        raise ValueError(
-            f"the model never saw {', '.join(map(repr, unknown))} in the prompt: "
-            f"its {len(chars):,} characters are {''.join(chars[:200])!r}{' ...' * (len(chars) > 200)}"
-        )
+    unknown = ", ".join(map(repr, sorted(set(prompt) - set(ids))))
+    known = repr("".join(chars[:200]))
+    require(not unknown, f"the model never saw {unknown} in the prompt: it knows {known}")
     return torch.tensor([[ids[char] for char in prompt]])
 
 
-def write_sample(model, chars, prompt, n_chars, temperature=1.0, top_k=None):
+def write_sample(model, chars, prompt="", n_chars=500, temperature=0.8, top_k=None):
     """Print the prompt and n_chars characters after it, each as soon as it is made."""
-    idx = encode(prompt, chars).to(model.embed.weight.device)
+    idx = encode(prompt, chars).to(next(model.parameters()).device)
     print(prompt, end="", flush=True)
     for i in model.stream(idx, n_chars, temperature, top_k):
         print(chars[i.item()], end="", flush=True)
     print()
 
 
-def print_routing(model, checkpoint, data_dir):
+def print_routing(model, checkpoint, data_dir, device):
     """The mixing weights on validation text, in percent: a row for each sublayer and the output, a
-    column for each source. Then their sums by kind of source, now and at initialisation."""
+    column for each source. Then by kind of source: the mean, how far it moves from token to token
+    (standard deviation), and what it was at initialisation."""
     config, settings = model.config, checkpoint["settings"]
     _, val_ids, chars = data.load(settings["dataset"], data_dir or settings["data_dir"])
-    if chars != checkpoint["chars"]:
-        raise ValueError(f"dataset={settings['dataset']!r} is not the text of this checkpoint")
-    starts = data.even_starts(val_ids, config.n_ctx, 16)
-    idx, _ = data.windows(data.to_device(val_ids, model.embed.weight.device), config.n_ctx, starts)
+    require(chars == checkpoint["chars"], f"{settings['dataset']!r} is not its training text")
+    starts = data.to_device(data.even_starts(val_ids, config.n_ctx, (16,)), device)
+    idx, _ = data.windows(data.to_device(val_ids, device), config.n_ctx, starts)
     weights, names = model.routing(idx)
-    before, _ = GPT(config).to(idx.device).eval().routing(idx[:1, :1])  # the same for every text
+    weights = 100 * weights.flatten(2)  # (2L+1, N, tokens)
+    start = 100 * GPT(config).to(device).eval().routing(idx[:1])[0].flatten(2)
 
-    n_sublayer, S = 2 * config.n_layer, model.basis.size(1)
-    figures = len(names) <= 40  # the 97 columns of a deep attnres have room for the shades alone
-    print(f"{config.residual}, {config.n_layer} layers: mixing weights in percent")
-    if figures:
-        short = [name[:3] + name.partition(" ")[2] for name in names]
-        print(" " * 13 + "".join(f"{name:>5}" for name in short))
-    for row in range(n_sublayer + 1):
-        kind = "output" if row == n_sublayer else ("attention", "MLP")[row % 2] + f" {row // 2 + 1}"
-        print(f"{kind:13}" + "".join(cell(w, figures) for w in weights[row].tolist()).rstrip())
-
-    kinds = list(dict.fromkeys(name.split()[0] for name in names))
-    print("\nthe same by kind of source (and at initialisation)")
-    print(" " * 20 + "".join(f"{kind:>14}" for kind in kinds))
-    for row in range(0, n_sublayer + 1, S):
-        last = row == n_sublayer
-        for j, reader in enumerate(["output"] if last else ["attention", "MLP"]):
-            text = f"{'' if last else f'block {row // S + 1}':9}{reader:11}"
-            for kind in kinds:
-                columns = [i for i, name in enumerate(names) if name.split()[0] == kind]
-                now, then = (
-                    100 * w[row + j : row + S : 2, columns].sum(1).mean() for w in (weights, before)
-                )
-                text += f"{now:7.1f} ({then:4.1f})"
-            print(text)
-
-
-def cell(weight, figure):
-    """A weight from 0 to 1 as a shade and, with room for it, a figure in percent."""
-    # Four shades: up to 16, 31 and 47 percent, and more.
-    shade = " ░▒▓█"[math.ceil(4 * min(1.0, 1.6 * weight))]
-    if not figure:
-        return shade
-    return f" {shade}{100 * weight:3.0f}" if weight else " " * 5
+    print(f"{config.residual} {config.n_layer}x{config.n_embd}: mixing weights in percent")
+    wide = len(names) > 40  # the 97 columns of a deep attnres have room for shades alone
+    if not wide:  # "sum 3" stands as sum3, "sum running" as sum+
+        heads = [name.replace("running", "+").split() for name in names]
+        heads = [head[0][:3] + "".join(head[1:]) for head in heads]
+        print(" " * 13 + "".join(f"{head:>6}" for head in heads))
+    readers = [f"{kind} {i + 1}" for i in range(config.n_layer) for kind in ("attention", "MLP")]
+    for reader, row in zip([*readers, "output"], weights.mean(2).tolist()):
+        cells = [" ░▒▓█"[math.ceil(min(4.0, w / 15.6))] for w in row]  # a shade per sixth
+        if not wide:
+            cells = [f"  {shade}{w:3.0f}" if w else " " * 6 for shade, w in zip(cells, row)]
+        print(f"{reader:13}" + "".join(cells).rstrip())
+    print("\nby kind of source: mean ± deviation from token to token (mean at initialisation)")
+    kinds = ["running" if name.endswith("running") else name.split()[0] for name in names]
+    print(" " * 23 + "".join(f"{kind:>20}" for kind in dict.fromkeys(kinds)))
+    last, S = 2 * config.n_layer, 2 * config.n_layer // config.n_block
+    rows = [(first + j, first + S) for first in range(0, last, S) for j in (0, 1)]
+    for first, end in [*rows, (last, last + 1)]:
+        layers = f"layers {first // 2 + 1}-{end // 2}" if first % S == 0 and first < last else ""
+        reader = "output" if first == last else ("attention", "MLP")[first % 2]
+        line = f"{layers:13}{reader:10}"
+        for kind in dict.fromkeys(kinds):
+            columns = [i for i, k in enumerate(kinds) if k == kind]
+            now, then = (w[first:end:2, columns].sum(1) for w in (weights, start))  # (rows, tokens)
+            line += f"{now.mean():8.1f} ±{now.std(1).mean():4.1f} ({then.mean():4.1f})"
+        print(line)
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
-    parser.error = raise_usage
-    parser.add_argument("--out_dir", help="the run to sample from (default: the latest under out/)")
-    parser.add_argument("--prompt", default="", help="text to go on from (default: a new line)")
-    parser.add_argument(
-        "--n_chars", type=int, default=500, help="characters to make (default: 500)"
-    )
-    parser.add_argument("--n_samples", type=int, default=1, help="texts to make (default: 1)")
-    parser.add_argument(
-        "--temperature", type=float, default=0.8, help="1 as trained (default: 0.8)"
-    )
-    parser.add_argument("--top_k", type=int, help="draw from the k likeliest only (default: all)")
-    parser.add_argument("--seed", type=int, default=1, help="the same seed makes the same text")
-    parser.add_argument("--routing", action="store_true", help="print what each sublayer reads")
-    parser.add_argument(
-        "--data_dir", help="for --routing: where downloads are (default: as trained)"
-    )
+    parser = Parser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    add = parser.add_argument
+    add("--out_dir", help="the run to sample from (default: the latest under out/)")
+    add("--prompt", default="", help="text to go on from (default: a new line)")
+    add("--n_chars", type=int, default=500, help="characters to make (default: 500)")
+    add("--n_samples", type=int, default=1, help="texts to make (default: 1)")
+    add("--temperature", type=float, default=0.8, help="0: the likeliest (default: 0.8)")
+    add("--top_k", type=int, help="draw from the k likeliest only (default: all)")
+    add("--seed", type=int, default=1, help="the same seed makes the same text")
+    add("--device", default="auto", help="auto, cpu, mps, cuda or cuda:N")
+    add("--routing", action="store_true", help="print what each sublayer reads")
+    add("--data_dir", help="for --routing: where downloads are (default: as trained)")
     args = parser.parse_args(argv)
     for name in ("n_chars", "n_samples"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"{name}={getattr(args, name)} must be 1 or more")
-    if not -(2**63) <= args.seed < 2**64:
-        raise ValueError(f"seed={args.seed} must have 64 bits at most")
-    out_dir = Path(args.out_dir) if args.out_dir else latest_run()
-    model, checkpoint = load_checkpoint(out_dir / "best.pt")
+        require(vars(args)[name] >= 1, f"{name}={vars(args)[name]} must be 1 or more")
+    require(-(2**63) <= args.seed < 2**64, f"seed={args.seed} must have 64 bits at most")
+    device = data.pick_device(args.device, 0, 1)
+    path = find_checkpoint(args.out_dir)
+    model, checkpoint = load_checkpoint(path, device)
+    config, chars = model.config, checkpoint["chars"]
+    print(f"{path}: {config.residual} {config.n_layer}x{config.n_embd}", file=sys.stderr)
     if args.routing:
-        print_routing(model, checkpoint, args.data_dir)
-        return
+        return print_routing(model, checkpoint, args.data_dir, device)
     torch.manual_seed(args.seed)
     for i in range(args.n_samples):
-        if i:
-            print("-" * 80)
-        write_sample(
-            model, checkpoint["chars"], args.prompt, args.n_chars, args.temperature, args.top_k
-        )
+        print("-" * 80 + "\n" if i else "", end="")
+        write_sample(model, chars, args.prompt, args.n_chars, args.temperature, args.top_k)
 
 
-def raise_usage(message):
-    """In place of argparse's usage text: run() prints the message as one line."""
-    raise ValueError(message)
+class Parser(argparse.ArgumentParser):
+    def error(self, message):  # in place of the usage text: run() prints the message as one line
+        raise ValueError(message)
+
+
+def out_of_memory(error):
+    """Whether an error says that memory is out: on a CPU, torch raises a plain RuntimeError."""
+    said = re.search("can't allocate memory|not enough memory|out of memory", str(error))
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and said is not None)
 
 
 def run(main, argv=None):
     """Run a script's main: its exit status, with what a user can mend printed as one line."""
+    status, message = 0, ""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a redirected file on Windows has a narrow encoding
+            stream.reconfigure(encoding="utf-8", errors="backslashreplace")
     try:
-        main(argv)
-        return 0
-    except (ValueError, OSError, MemoryError, FloatingPointError, torch.OutOfMemoryError) as error:
-        message = str(error).split()
+        require(torch.__version__ >= "2.10", f"torch {torch.__version__} is too old: 2.10 or newer")
+        status = main(argv) or 0
+        sys.stdout.flush()
+    except BrokenPipeError:  # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
-        return 130
-    # Out of the except clause the frames of main are gone: a progress bar has ended its line.
-    rank = os.environ.get("RANK", "0")  # under torchrun, an error may be that of one process alone
-    print("error:" if rank == "0" else f"error (process {rank}):", *message, file=sys.stderr)
-    return 2
+        status = 128 + signal.SIGINT
+    except Exception as error:
+        memory = "out of memory, make batch_size or the model smaller: " * out_of_memory(error)
+        if not memory and not isinstance(error, (ValueError, OSError, FloatingPointError)):
+            raise
+        status, message = 2, f"{memory}{error}"
+    if message:  # out of the except clause the frames of main are gone: a bar has ended its line
+        who = f" (process {os.environ['RANK']})" if os.environ.get("RANK", "0") != "0" else ""
+        print(f"error{who}:", " ".join(message.split())[:1000], file=sys.stderr)
+    return status
 
 
 if __name__ == "__main__":

@@ -1,18 +1,15 @@
 """
 Train a model on text, character by character.
 
-    python train.py                                             # the documentation of Python, on a laptop
-    python train.py --dataset stories.txt --residual standard   # your own text, another variant
-    python train.py --resume                                    # go on where a run stopped
-    torchrun --nproc_per_node=4 train.py --batch_size 64        # four GPUs
-
-It reads in the order in which it runs: settings, device, data, model, loop, the closing lines.
+    python train.py                                            # the documentation of Python
+    python train.py --dataset stories.txt --residual standard  # your own text, another variant
+    python train.py --resume                                   # go on where a run stopped
+    torchrun --nproc_per_node=4 train.py --batch_size 64       # four GPUs
 """
 
 import argparse
 import contextlib
 import hashlib
-import io
 import math
 import os
 import signal
@@ -27,29 +24,16 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import data
-from sample import load_checkpoint, raise_usage, run, write_sample
-from wav import GPT, GPTConfig
+import sample
+import wav
+from wav import GPT, RESIDUALS, GPTConfig, require
 
 LOG_HEADER = "step,train_loss,val_loss,learning_rate,chars_per_second,seconds\n"
-# What a resumed run cannot change: the model, the data and their order.
-FIXED = (
-    *("dataset", "residual", "n_layer", "n_head", "n_embd", "n_ctx", "n_block", "detail_bias"),
-    *("dropout", "batch_size", "grad_accum", "seed"),
-)
-
-# What a checkpoint holds beside the model, for a run to go on.
-RESUMABLE = {
-    "text": str,
-    "optimizer": dict,
-    "step": int,
-    "elapsed": float,
-    "best": float,
-    "losses": torch.Tensor,
-}
+HELD = "{} holds a run: --resume goes on with it, --out_dir starts another, --overwrite replaces it"
 
 
-def flag(default, help, low=None, high=math.inf):
-    return field(default=default, metadata={"help": help, "low": low, "high": high})
+def flag(default, help, low=None, high=math.inf, choices=None):
+    return field(default=default, metadata={"help": help, "span": (low, high), "choices": choices})
 
 
 @dataclass
@@ -59,118 +43,251 @@ class Settings:
     dataset: str = flag("pydoc", "pydoc, tinystories, text8 or the path of a text file")
     data_dir: str = flag("data", "where downloads are kept")
     out_dir: str = flag("", "where the run is kept (default: out/DATASET-RESIDUAL-LAYERSxWIDTH)")
-    residual: str = flag("wav", "standard, attnres, block_attnres or wav")
+    residual: str = flag("wav", "what a sublayer reads", choices=RESIDUALS)
     n_layer: int = flag(12, "layers; each is two sublayers, attention and MLP")
     n_head: int = flag(4, "attention heads")
     n_embd: int = flag(128, "width of the residual stream")
     n_ctx: int = flag(128, "context, in characters")
-    n_block: int = flag(4, "blocks that the layers are cut into")
+    n_block: int = flag(None, "blocks that the layers are cut into (default: about 8)")
     detail_bias: float = flag(-2.0, "where the logit bias of wav's details starts")
     dropout: float = flag(0.0, "dropout probability")
-    batch_size: int = flag(
-        16, "windows of n_ctx characters in a batch, over all processes", 1, 10**6
-    )
+    batch_size: int = flag(16, "windows of n_ctx characters, over all processes", 1, 10**6)
     grad_accum: int = flag(1, "batches in a step", 1, 10**6)
     max_iters: int = flag(800, "steps", 1)
     learning_rate: float = flag(3e-3, "peak learning rate", 0, 1000)
     min_lr: float = flag(3e-4, "learning rate at the end of the cosine", 0, 1000)
     warmup_iters: int = flag(50, "steps of linear warm-up", 0)
     weight_decay: float = flag(0.1, "of matrices; vectors, queries and biases have none", 0, 1000)
-    beta1: float = flag(0.9, "AdamW", 0, 0.9999)
-    beta2: float = flag(0.95, "AdamW", 0, 0.9999)
     grad_clip: float = flag(1.0, "largest gradient norm; 0 for no clipping", 0)
     eval_interval: int = flag(100, "steps between evaluations, which also save", 1)
     eval_batches: int = flag(20, "batches in an evaluation", 1, 10**6)
     seed: int = flag(1, "of initialisation, batches and dropout", 0, 2**63 - 1)
     device: str = flag("auto", "auto, cpu, mps, cuda or cuda:N")
-    dtype: str = flag("auto", "float32 or bfloat16 (autocast); auto: bfloat16 where the GPU has it")
-    compile: bool = flag(None, "torch.compile (default: on CUDA only)")
+    dtype: str = flag("auto", "auto is bf16 where native", choices=("auto", "float32", "bfloat16"))
+    compile: bool = flag(None, "torch.compile (default: on CUDA)")
     resume: bool = flag(False, "go on from out_dir's last checkpoint")
     overwrite: bool = flag(False, "replace the run in out_dir")
 
 
-def parse(argv=None):
-    """The command line as a dict of the settings that it gives, and nothing else."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
-    parser.error = raise_usage
+MODEL = [f.name for f in fields(GPTConfig) if f.name != "vocab_size"]  # what GPTConfig takes
+FIXED = (*MODEL, "dataset", "batch_size", "grad_accum", "seed")  # what a resumed run keeps
+
+
+@dataclass
+class Progress:
+    """All that the loop changes beside model and optimiser. A checkpoint holds it as it is."""
+
+    step: int = 0
+    seconds: float = 0.0  # of training steps alone
+    best: float = math.inf  # validation loss, in nats per character
+    evaluated: int = -1  # the step of the last evaluation
+    losses: torch.Tensor = field(default_factory=lambda: torch.zeros(()))  # their sum since then
+    log: list = field(default_factory=lambda: [LOG_HEADER])  # log.csv, row by row
+
+
+def main(argv=None):
+    s, model, checkpoint = read_settings(argv)
+    out_dir = Path(s.out_dir)
+
+    # Device and processes. Under torchrun each process takes its share of every batch.
+    variables = (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
+    rank, local, world = (int(os.environ.get(name, default)) for name, default in variables)
+    require(s.batch_size % world == 0, f"batch_size={s.batch_size} needs {world} equal shares")
+    device = data.pick_device(s.device, local, world)
+    if world > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+
+    # Text. The first process of each host downloads, the others then find the files.
+    if local > 0:
+        dist.barrier()
+    train_ids, val_ids, chars = data.load(s.dataset, s.data_dir)
+    if world > 1 and local == 0:
+        dist.barrier()
+    sizes = f"{len(train_ids):,} characters to learn from, {len(val_ids):,} to validate"
+    enough = min(len(train_ids), len(val_ids)) >= s.n_ctx + 2
+    require(enough, f"{sizes}: n_ctx={s.n_ctx} needs {s.n_ctx + 2:,} of each")
+    text = hashlib.sha256(b"".join(("".join(chars).encode(), train_ids, val_ids))).hexdigest()
+    other = f"dataset={s.dataset!r} is not the text that the checkpoint was trained on"
+    require(checkpoint is None or checkpoint["text"] == text, other)
+    train_ids, val_ids = data.to_device(train_ids, device), data.to_device(val_ids, device)
+    shape = (s.eval_batches, world, s.batch_size // world)
+    val_starts = data.to_device(data.even_starts(val_ids, s.n_ctx, shape)[:, rank], device)
+
+    # Model, optimiser, precision
+    config = GPTConfig(len(chars), **{name: getattr(s, name) for name in MODEL})
+    s.n_block = config.n_block  # a number, where it was left to the default
+    torch.manual_seed(s.seed)
+    model = (model or GPT(config)).to(device).train()
+    optimizer = make_optimizer(s, model, device)
+    # bf16 that a GPU only emulates is slower than fp32.
+    native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    dtype = s.dtype if s.dtype != "auto" else "bfloat16" if native else "float32"
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16")
+    torch.set_float32_matmul_precision("high")  # TF32 for what stays in fp32 on a GPU
+    name, n = f"{s.residual} {s.n_layer}x{s.n_embd}", sum(p.numel() for p in model.parameters())
+    chars_per_step = s.grad_accum * s.batch_size * s.n_ctx
+    say(f"{s.dataset}: {sizes}, a vocabulary of {len(chars):,}; {chars_per_step:,} a step")
+    say(f"{name}, {s.n_block} blocks: {n:,} parameters, {dtype} on {device}, into {out_dir}/")
+
+    # A first batch through everything: what cannot work shows before a folder is touched.
+    compiled = device.type == "cuda" if s.compile is None else s.compile
+    if compiled:
+        compile_parts(model)
+    network = DistributedDataParallel(model) if world > 1 else model
+    try:
+        rehearse(network, model, optimizer, val_ids, val_starts[:1], s, autocast)
+    except Exception as error:
+        if not compiled or sample.out_of_memory(error):
+            raise
+        say(f"torch.compile failed ({' '.join(str(error).split())[:200]}): going on without it")
+        torch.compiler.set_stance("force_eager")
+        rehearse(network, model, optimizer, val_ids, val_starts[:1], s, autocast)
+    now = checkpoint["progress"] if checkpoint else Progress()
+    now.losses = now.losses.to(device)
+    if checkpoint:
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        optimizer.param_groups[0]["weight_decay"] = s.weight_decay
+
+    # The loop: figures, an evaluation and a checkpoint where they are due, first at step 0; then a
+    # step. A loss stays on the device until it is shown, so that no step waits for it.
+    lr, since, began = 0.0, (now.step, now.seconds), time.perf_counter()
+    bar = tqdm(total=s.max_iters, initial=now.step, unit="step", disable=True if rank else None)
+    with stop_signals(world) as stop, bar:
+        if rank == 0 and not checkpoint:
+            claim(out_dir, s.overwrite)
+        while True:
+            last = now.step >= s.max_iters or len(stop) > 0
+            due = now.step % s.eval_interval == 0 or now.step == s.max_iters
+            due = due and now.step != now.evaluated
+            if due or last or time.perf_counter() - began > 0.5:
+                n_losses = max(1, now.step - now.evaluated)
+                loss = finite(now.losses / n_losses, "loss", now.step)  # waits for the device
+                now.seconds += time.perf_counter() - began
+                speed = (now.step - since[0]) * chars_per_step / max(now.seconds - since[1], 1e-9)
+                if now.step > since[0]:
+                    bar.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} chars/s")
+                names = ["ckpt.pt"] if due or last else []
+                if due:
+                    losses = torch.stack([loss, evaluate(model, val_ids, val_starts, s, autocast)])
+                    if world > 1:
+                        dist.all_reduce(losses)
+                    train_loss, val_loss = finite(losses / world, "loss", now.step).tolist()
+                    line, row = f"val {val_loss:.3f}", f"{now.step},,{val_loss:.6f},,,0.0\n"
+                    if now.step:  # before the first step there is no more to say
+                        line = f"train {train_loss:.3f}, {line}, {speed:,.0f} chars/s"
+                        row = f"{now.step},{train_loss:.6f},{val_loss:.6f},{lr:.6g},{speed:.0f},"
+                        row += f"{now.seconds:.1f}\n"
+                    say(f"step {now.step:,}: {line}")
+                    now.log.append(row)
+                    if now.step and val_loss < now.best:
+                        names, now.best = ["best.pt", "ckpt.pt"], val_loss
+                    now.evaluated, now.losses = now.step, torch.zeros_like(now.losses)
+                    since = now.step, now.seconds
+                if names and rank == 0:
+                    for p in model.parameters():
+                        finite(p, "weights", now.step)
+                    rest = {"settings": asdict(s), "text": text, "progress": vars(now)}
+                    rest["optimizer"] = optimizer.state_dict()
+                    sample.save_checkpoint([out_dir / name for name in names], model, chars, **rest)
+                    sample.write_whole(out_dir / "log.csv", "".join(now.log).encode())
+                began = time.perf_counter()
+            if last:
+                break
+            lr = learning_rate(s, now.step)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            torch.manual_seed(hash((s.seed, now.step, rank)))  # dropout is that of the step
+            shape = (s.grad_accum, world, s.batch_size // world)
+            starts = data.random_starts(train_ids, s.n_ctx, shape, s.seed, now.step)[:, rank]
+            starts = data.to_device(starts, device)
+            now.losses = now.losses + gradients(network, train_ids, starts, s, autocast)
+            torch.nn.utils.clip_grad_norm_(model.parameters(), s.grad_clip or math.inf)
+            optimizer.step()
+            optimizer.zero_grad()
+            now.step += 1
+            bar.update()
+
+    if world > 1:
+        dist.destroy_process_group()
+    if now.step < s.max_iters:
+        say(f"stopped at step {now.step:,} and saved: the same command with --resume goes on")
+        return 128 + stop[0]
+    if rank == 0:
+        bits, speed = now.best / math.log(2), now.step * chars_per_step / max(now.seconds, 1e-9)
+        say(f"{name}: best validation loss {now.best:.4f} nats ({bits:.4f} bits) per character")
+        say(
+            f"{speed:,.0f} chars/s, {now.seconds:,.0f} s, peak memory {peak_memory(device):,.0f} MB"
+        )
+        torch.manual_seed(s.seed)
+        model, _ = sample.load_checkpoint(sample.find_checkpoint(out_dir), device)
+        sample.write_sample(model, chars, n_chars=300)
+
+
+def read_settings(argv):
+    """Command line over resumed run over defaults; and the model and checkpoint of that run."""
+    given, model, checkpoint = parse(argv), None, None
+    s = Settings(**given)
+    s.out_dir = s.out_dir or f"out/{Path(s.dataset).stem}-{s.residual}-{s.n_layer}x{s.n_embd}"
+    path = Path(s.out_dir, "ckpt.pt")
+    if s.resume:
+        require(path.exists(), f"nothing to resume in {s.out_dir}: no ckpt.pt there")
+        model, checkpoint = sample.load_checkpoint(path)
+        before = resumable(checkpoint, path)
+        for name in FIXED:
+            was, wanted = getattr(before, name), given.get(name, getattr(before, name))
+            other = f"{name}={wanted!r} contradicts the checkpoint's {was!r}: leave it out, or"
+            require(wanted == was, f"{other} start another run with --out_dir")
+        s = Settings(**{**asdict(before), **given, "out_dir": s.out_dir})
+        done = f"{s.out_dir} has done {checkpoint['progress'].step:,} steps"
+        require(checkpoint["progress"].step < s.max_iters, f"{done}: give a larger --max_iters")
+    elif not s.overwrite:
+        free = not path.exists() and not path.with_name("log.csv").exists()
+        require(free, HELD.format(s.out_dir))
+    for f in fields(s):
+        value, (low, high) = getattr(s, f.name), f.metadata["span"]
+        fits = low is None or low <= value <= high and value < math.inf  # nan fails too
+        upper = "" if high == math.inf else f" and at most {high:,}"
+        require(fits, f"{f.name}={value} must be at least {low}{upper}")
+    return s, model, checkpoint
+
+
+def parse(argv):
+    """The settings that the command line gives, as a dict."""
+    parser = sample.Parser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
     for f in fields(Settings):
-        default = "" if f.default in ("", None) else f" (default: {f.default})"
-        how = {"type": f.type, "metavar": f.type.__name__}
+        choices = f.metadata["choices"]
+        how = {"type": f.type, "choices": choices, "metavar": None if choices else f.type.__name__}
         if f.type is bool:
-            how = {"type": boolean, "nargs": "?", "const": True, "metavar": "true|false"}
-        text = f.metadata["help"] + default
-        parser.add_argument(f"--{f.name}", default=argparse.SUPPRESS, help=text, **how)
+            how = {"action": argparse.BooleanOptionalAction}
+        default = "" if f.default in ("", None, False) else f" (default: {f.default})"
+        how["help"] = f.metadata["help"] + default
+        parser.add_argument(f"--{f.name}", default=argparse.SUPPRESS, **how)
     return vars(parser.parse_args(argv))
 
 
-def boolean(text):
-    if text.lower() not in ("true", "false"):
-        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
-    return text.lower() == "true"
-
-
-def check(s):
-    """Raise ValueError for the first setting that cannot work. GPTConfig checks the model's own."""
-    for f in fields(Settings):
-        value, low, high = getattr(s, f.name), f.metadata["low"], f.metadata["high"]
-        if low is not None and not (low <= value <= high and value < math.inf):  # nan fails too
-            upper = "" if high == math.inf else f" and at most {high:,}"
-            raise ValueError(f"{f.name}={value} must be at least {low}{upper}")
-    if s.dtype not in ("auto", "float32", "bfloat16"):
-        raise ValueError(f"dtype={s.dtype!r} must be auto, float32 or bfloat16")
-
-
-def pick_device(name, world):
-    """The torch.device of this process, one of `world`."""
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # processes on this machine
-    if name == "auto":
-        mps = torch.backends.mps.is_available() and world == 1
-        name = "cuda" if gpus else "mps" if mps else "cpu"
+def resumable(checkpoint, path):
+    """A checkpoint's settings (what it lacks takes its default); its progress becomes a Progress."""
     try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cpu", "cuda", "mps"):
-        raise ValueError(f"device={name!r} must be auto, cpu, mps, cuda or cuda:N")
-    if device.type == "mps" and (world > 1 or not torch.backends.mps.is_available()):
-        raise ValueError(
-            "device='mps' is not there, or not for several processes: try --device cpu"
-        )
-    if device.type != "cuda":
-        return device
-    if (device.index or 0) >= gpus:
-        raise ValueError(f"device={name!r} is not there: {gpus} CUDA devices found")
-    if world > 1 and device.index is not None:
-        raise ValueError(f"device={name!r} is one GPU for {world} processes: say cuda")
-    if local > gpus:
-        raise ValueError(f"{local} processes for {gpus} GPUs: --nproc_per_node={gpus} at most")
-    if local < gpus:
-        say(f"using {local} of {gpus} GPUs: torchrun --nproc_per_node={gpus} uses them all")
-    if world > 1:
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-    torch.cuda.set_device(device)
-    return device
+        before, now = Settings(**checkpoint["settings"]), Progress(**checkpoint["progress"])
+        for part in (before, now):
+            for f in fields(part):
+                right = isinstance(getattr(part, f.name), (f.type, type(f.default)))
+                require(right, f"{path} cannot be resumed: {f.name} is no {f.type.__name__}")
+        "".join(now.log), checkpoint["optimizer"]["param_groups"], checkpoint["text"]
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{path} cannot be resumed by this train.py: {error}") from None
+    checkpoint["progress"] = now
+    return before
 
 
-def check_memory(s, config, device):
-    """Raise ValueError for a run that cannot fit, by a lower bound, before anything is allocated."""
-    D, n_sublayer = config.n_embd, 2 * config.n_layer
-    weights = 12 * D * D * config.n_layer + 2 * D * config.vocab_size
-    positions = s.batch_size * s.n_ctx
-    # Weight, gradient and two moments; each sublayer's update and norm; ids and logits; fp32.
-    need = 16 * weights + 4 * positions * (2 * n_sublayer * D + config.vocab_size + 4)
-    if device.type == "cuda":
-        have = torch.cuda.get_device_properties(device).total_memory
-    elif hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
-        have = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    else:
-        return
-    if need > have:
-        raise ValueError(
-            f"n_layer={s.n_layer}, n_embd={s.n_embd}, n_ctx={s.n_ctx}, batch_size={s.batch_size} need "
-            f"{need / 1e9:,.0f} GB or more, {device} has {have / 1e9:,.0f}: make one of them smaller"
-        )
+def make_optimizer(s, model, device):
+    """AdamW, at rates that the loop sets. Matrices decay; vectors, queries and biases do not."""
+    groups = {True: [], False: []}
+    for name, p in model.named_parameters():
+        groups[p.ndim >= 2 and name not in ("query", "detail_bias")].append(p)
+    groups = [{"params": groups[True]}, {"params": groups[False], "weight_decay": 0.0}]
+    how = {"betas": (0.9, 0.95), "weight_decay": s.weight_decay, "fused": device.type != "mps"}
+    return torch.optim.AdamW(groups, lr=0.0, **how)
 
 
 def learning_rate(s, step):
@@ -181,302 +298,21 @@ def learning_rate(s, step):
     return s.min_lr + 0.5 * (1 + math.cos(math.pi * done)) * (s.learning_rate - s.min_lr)
 
 
-def write_whole(path, content):
-    """Write bytes under a temporary name, flush them to disk and move them into place."""
-    part = path.with_name(path.name + ".part")
-    try:
-        with open(part, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except OSError:
-        part.unlink(missing_ok=True)
-        raise
-
-
-def peak_memory(device):
-    """Peak memory of this process in MB: the device's on CUDA, else the resident set."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e6
-    try:
-        import resource
-    except ImportError:  # Windows has none
-        return math.nan
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (1e6 if sys.platform == "darwin" else 1e3)
-
-
-def main(argv=None):
-    # ----------------------------------------------------------------------------------------------
-    # Settings: the command line, over those of the checkpoint to resume, over the defaults.
-
-    given = parse(argv)
-    s = Settings(**given)
-    s.out_dir = s.out_dir or f"out/{Path(s.dataset).stem}-{s.residual}-{s.n_layer}x{s.n_embd}"
-    out_dir, checkpoint = Path(s.out_dir), None
-    if s.resume:
-        if not (out_dir / "ckpt.pt").exists():
-            raise ValueError(f"nothing to resume in {out_dir}: no ckpt.pt there")
-        model, checkpoint = load_checkpoint(out_dir / "ckpt.pt")
-        for name, kind in RESUMABLE.items():
-            if type(checkpoint.get(name)) is not kind:
-                raise ValueError(f"{out_dir / 'ckpt.pt'} cannot be resumed: no whole {name} in it")
-        before = checkpoint["settings"]
-        for name in FIXED:
-            if given.get(name, before[name]) != before[name]:
-                raise ValueError(
-                    f"{name}={given[name]!r} contradicts the checkpoint's {before[name]!r}: "
-                    "leave it out, or start another run with --out_dir"
-                )
-        s = Settings(**{**before, **given, "out_dir": s.out_dir})
-        if checkpoint["step"] >= s.max_iters:
-            raise ValueError(
-                f"{out_dir} has done {checkpoint['step']:,} steps: give a larger --max_iters"
-            )
-    elif not s.overwrite and (out_dir / "ckpt.pt").exists():
-        raise ValueError(
-            f"{out_dir} holds a run: --resume goes on with it, --out_dir starts another, "
-            "--overwrite replaces it"
-        )
-    check(s)
-
-    # ----------------------------------------------------------------------------------------------
-    # Device and processes. Under torchrun, each process takes its share of every batch.
-
-    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    first = rank == 0  # the process that evaluates, logs and writes
-    if s.batch_size % world:
-        raise ValueError(f"batch_size={s.batch_size} must be divisible by the {world} processes")
-    device = pick_device(s.device, world)
-    if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-        control = dist.new_group(backend="gloo")  # for words between hosts, off the GPU
-    on_cuda = device.type == "cuda"
-    dtype = s.dtype
-    if dtype == "auto":
-        dtype = "bfloat16" if on_cuda and torch.cuda.is_bf16_supported() else "float32"
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16")
-    torch.set_float32_matmul_precision("high")  # TF32 for what stays in fp32 on a GPU
-
-    # ----------------------------------------------------------------------------------------------
-    # Data
-
-    if not first:
-        dist.barrier(control)  # the first process downloads, the others find the files
-    train_ids, val_ids, chars = data.load(s.dataset, s.data_dir)
-    if first and world > 1:
-        dist.barrier(control)
-    for part, ids in (("training", train_ids), ("validation", val_ids)):
-        if len(ids) < s.n_ctx + 2:
-            raise ValueError(
-                f"the {part} text has {len(ids):,} characters: n_ctx={s.n_ctx} needs {s.n_ctx + 2:,}"
-            )
-    digest = hashlib.sha256("".join(chars).encode())
-    digest.update(train_ids)
-    digest.update(val_ids)
-    text = digest.hexdigest()
-    if checkpoint and checkpoint["text"] != text:
-        raise ValueError(
-            f"dataset={s.dataset!r} is not the text that the checkpoint was trained on"
-        )
-    train_ids, val_ids = data.to_device(train_ids, device), data.to_device(val_ids, device)
-    val_starts = data.even_starts(val_ids, s.n_ctx, s.eval_batches * s.batch_size)
-
-    # ----------------------------------------------------------------------------------------------
-    # Model and optimiser
-
-    names = {f.name for f in fields(GPTConfig)} & {f.name for f in fields(Settings)}
-    config = GPTConfig(len(chars), **{name: getattr(s, name) for name in names})
-    check_memory(s, config, device)
-    torch.manual_seed(s.seed)
-    if not checkpoint:
-        model = GPT(config)
-    model.to(device).train()
-    compiled = on_cuda if s.compile is None else s.compile
-    if compiled:
-        began = time.perf_counter()
-        model.compile()
-        try:  # one batch through all that is to be compiled, with and without gradients
-            evaluate(model, val_ids, val_starts[None, : s.batch_size // world], s, autocast)
-            x, y = data.windows(val_ids, s.n_ctx, val_starts[: s.batch_size // world])
-            with autocast:
-                model(x, y)[1].backward()
-            say(f"compiled in {time.perf_counter() - began:.0f} s")
-        except Exception as error:  # noqa: BLE001 (whatever the compiler raises)
-            reason = f"{type(error).__name__}: {error}".splitlines()[0]
-            say(f"torch.compile failed ({reason}): going on without it")
-            plain = GPT(config).to(device).train()
-            plain.load_state_dict(model.state_dict())
-            model = plain
-        model.zero_grad()
-    matrices = [p for name, p in model.named_parameters() if name.endswith("weight")]
-    vectors = [p for name, p in model.named_parameters() if not name.endswith("weight")]
-    optimizer = torch.optim.AdamW(
-        [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}],
-        betas=(s.beta1, s.beta2),
-        weight_decay=s.weight_decay,
-        fused=device.type != "mps",
-    )
-    step, elapsed, best, losses = 0, 0.0, math.inf, []
-    if checkpoint:
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        for group, decay in zip(optimizer.param_groups, (s.weight_decay, 0.0)):
-            group.update(betas=(s.beta1, s.beta2), weight_decay=decay)
-        step, elapsed, best = (checkpoint[name] for name in ("step", "elapsed", "best"))
-        losses = list(checkpoint["losses"].to(device))
-    network = model if world == 1 else DistributedDataParallel(model, broadcast_buffers=False)
-
-    # ----------------------------------------------------------------------------------------------
-    # The run's folder
-
-    def save(*names):
-        if not all(p.isfinite().all() for p in model.parameters()):
-            raise FloatingPointError(
-                f"the weights are not finite after step {step}: try a lower --learning_rate or a "
-                "longer --warmup_iters; the last checkpoint is as it was"
-            )
-        content = io.BytesIO()
-        torch.save(
-            {
-                "config": asdict(config),
-                "settings": asdict(s),
-                "chars": chars,
-                "text": text,
-                "model": model.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "step": step,
-                "elapsed": elapsed,
-                "best": best,
-                "losses": torch.tensor(losses),
-            },
-            content,
-        )
-        for name in names:
-            write_whole(out_dir / name, content.getvalue())
-
-    log = out_dir / "log.csv"
-    if first:
-        out_dir.mkdir(parents=True, exist_ok=True)
-        rows = log.read_text().splitlines(keepends=True)[1:] if checkpoint else []
-        if not checkpoint:
-            for name in ("ckpt.pt", "best.pt"):
-                (out_dir / name).unlink(missing_ok=True)
-        # A row past the checkpoint, or half a row, was written by a step that will run again.
-        rows = [row for row in rows if row.endswith("\n") and int(row.split(",")[0]) <= step]
-        write_whole(log, (LOG_HEADER + "".join(rows)).encode())
-
-    # ----------------------------------------------------------------------------------------------
-    # The loop. The loss of a step stays on the device until it is shown, so that nothing waits for it.
-
-    def stop_later(number, frame):
-        nonlocal stopped_by
-        stopped_by = number
-
-    stopped_by = 0
-    handlers = {n: signal.signal(n, stop_later) for n in (signal.SIGINT, signal.SIGTERM)}
-    n_params = sum(p.numel() for p in model.parameters())
-    say(f"{s.residual}, {n_params:,} parameters, {dtype} on {device}, into {out_dir}/")
-    chars_per_step = s.grad_accum * s.batch_size * s.n_ctx
-    shown_val = ""  # the validation loss, once there is one
-    bar = tqdm(total=s.max_iters, initial=step, disable=not first, unit="step")
-    warm = min(step + 5, s.max_iters - 1)  # the first steps are slower: their speed does not count
-    timed_step, timed_from = step, elapsed
-    began = shown = time.perf_counter()  # elapsed counts the seconds of steps, and only of steps
-    while step < s.max_iters and not stopped_by:
-        if step == warm:
-            if losses:
-                losses[-1].item()  # wait for the device
-            timed_step, timed_from = step, elapsed + time.perf_counter() - began
-        lr = learning_rate(s, step)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        starts = data.random_starts(train_ids, s.n_ctx, s.grad_accum * s.batch_size, s.seed, step)
-        torch.manual_seed(hash((s.seed, step, rank)))  # dropout is that of (seed, step) as well
-        loss_of_step = 0.0
-        for i, mine in enumerate(starts.reshape(s.grad_accum, world, -1)[:, rank]):
-            x, y = data.windows(train_ids, s.n_ctx, mine)
-            with contextlib.ExitStack() as stack:
-                if world > 1 and i < s.grad_accum - 1:  # exchange gradients once a step
-                    stack.enter_context(network.no_sync())
-                with autocast:
-                    loss = network(x, y)[1] / s.grad_accum
-                loss.backward()
-            loss_of_step = loss_of_step + loss.detach()
-        if s.grad_clip:
-            torch.nn.utils.clip_grad_norm_(model.parameters(), s.grad_clip)
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss_of_step)
-        step += 1
-        bar.update()
-
-        if world > 1:  # a signal may reach one process a step before another
-            word = torch.tensor(stopped_by)
-            dist.all_reduce(word, dist.ReduceOp.MAX, control)
-            stopped_by = word.item()
-        due = step % s.eval_interval == 0 or step == s.max_iters
-        if not (due or stopped_by or time.perf_counter() - shown > 0.5):
-            continue
-        train_loss = finite_mean(losses, step)
-        now = shown = time.perf_counter()
-        seconds = elapsed + now - began
-        speed = (step - timed_step) * chars_per_step / (seconds - timed_from)
-        loss = losses[-1].item()
-        bar.set_postfix_str(f"loss {loss:.4f}{shown_val}, {speed:,.0f} chars/s")
-        if not (due or stopped_by):
-            continue
-        elapsed = seconds
-        if due:
-            if world > 1:
-                word = torch.tensor(train_loss / world)
-                dist.all_reduce(word, dist.ReduceOp.SUM, control)
-                train_loss = word.item()
-            losses = []
-            if first:
-                starts = val_starts.reshape(-1, s.batch_size // world)
-                val = finite_mean([evaluate(model, val_ids, starts, s, autocast)], step)
-                shown_val = f", val {val:.4f}"
-                bar.set_postfix_str(f"loss {loss:.4f}{shown_val}, {speed:,.0f} chars/s")
-                with open(log, "a") as file:
-                    file.write(
-                        f"{step},{train_loss:.6f},{val:.6f},{lr:.6g},{speed:.0f},{elapsed:.1f}\n"
-                    )
-                improved = val < best
-                best = min(val, best)
-                save(*(["best.pt"] if improved else []), "ckpt.pt")
-        elif first:
-            save("ckpt.pt")
-        began = time.perf_counter()
-    bar.close()
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-    if world > 1:
-        dist.destroy_process_group()
-    if not first:
-        return
-    if stopped_by and step < s.max_iters:
-        say(
-            f"stopped at step {step:,} and saved: the same command with --resume goes on from there"
-        )
-        sys.exit(128 + stopped_by)
-
-    # ----------------------------------------------------------------------------------------------
-    # The closing lines
-
-    print(
-        f"best validation loss {best:.4f} nats ({best / math.log(2):.4f} bits) per character; "
-        f"{speed:,.0f} characters/s; {elapsed:,.0f} s of training; "
-        f"peak memory {peak_memory(device):,.0f} MB"
-    )
-    model, _ = load_checkpoint(out_dir / "best.pt", device)
-    torch.manual_seed(s.seed)
-    write_sample(model, chars, "", 300)
+def gradients(network, ids, starts, s, autocast):
+    """Add up the gradients of the batches at starts (grad_accum, n). Returns their mean loss."""
+    total = 0.0
+    for i, batch in enumerate(starts):
+        network.require_backward_grad_sync = i == len(starts) - 1  # processes exchange once a step
+        with autocast:
+            loss = network(*data.windows(ids, s.n_ctx, batch))[1] / len(starts)
+        loss.backward()
+        total = total + loss.detach()
+    return total
 
 
 @torch.no_grad()
 def evaluate(model, ids, starts, s, autocast):
-    """Mean loss, in nats per character, over the windows at starts (n, batch)."""
+    """Mean loss, in nats per character, over the windows at starts (eval_batches, n)."""
     model.eval()
     with autocast:
         losses = [model(*data.windows(ids, s.n_ctx, batch))[1] for batch in starts]
@@ -484,24 +320,82 @@ def evaluate(model, ids, starts, s, autocast):
     return torch.stack(losses).mean()
 
 
-def finite_mean(losses, step):
-    """The mean of the losses of the steps up to `step`; FloatingPointError if one is not finite."""
-    losses = torch.stack(losses)
-    bad = (~losses.isfinite()).nonzero()
-    if len(bad):
-        at = step - len(losses) + bad[0].item() + 1
-        raise FloatingPointError(
-            f"the loss is not finite at step {at}: try a lower --learning_rate or a longer "
-            "--warmup_iters; the last checkpoint is as it was"
-        )
-    return losses.mean().item()
+def rehearse(network, model, optimizer, ids, starts, s, autocast):
+    """An evaluation and a step at rate 0: memory is taken, code compiled, and nothing changed."""
+    evaluate(model, ids, starts, s, autocast)
+    gradients(network, ids, starts, s, autocast)
+    optimizer.step()
+    optimizer.zero_grad()
+    optimizer.state.clear()
 
 
-def say(message):
-    """Print for all processes at once: the first speaks."""
-    if int(os.environ.get("RANK", "0")) == 0:
-        print(message, flush=True)
+def compile_parts(model):
+    """torch.compile what repeats: sublayers and mixing. The loop over depth stays Python, so that 48
+    layers are never unrolled; a fork's own route runs as it is."""
+    for name in ("mix", "merge", "offer_at_once"):
+        setattr(wav, name, torch.compile(getattr(wav, name)))
+    for sublayer in model.sublayers:
+        sublayer.compile()
+
+
+def finite(x, what, step):
+    advice = "try a lower --learning_rate or a longer --warmup_iters; the last checkpoint is whole"
+    if not x.isfinite().all():
+        raise FloatingPointError(f"{what} not finite at step {step:,}: {advice}")
+    return x
+
+
+def claim(out_dir, overwrite):
+    """Make out_dir this run's own: of two that start together, one gets to create the log."""
+    out_dir.mkdir(parents=True, exist_ok=True)
+    for name in ("log.csv", "ckpt.pt", "best.pt") if overwrite else ():
+        (out_dir / name).unlink(missing_ok=True)
+    try:
+        open(out_dir / "log.csv", "x").close()
+    except FileExistsError:
+        raise ValueError(HELD.format(out_dir)) from None
+
+
+@contextlib.contextmanager
+def stop_signals(world):
+    """Inside, the first signal that asks to stop goes into a list, the second ends the process."""
+    asked, before = [], {}
+
+    def ask(number, frame):
+        asked.append(number)
+        for n in before:
+            signal.signal(n, signal.SIG_DFL)
+        with contextlib.suppress(OSError):
+            os.write(2, b"\nstopping after this step; again to stop now\n")
+
+    for name in ("SIGINT", "SIGTERM", "SIGHUP") if world == 1 else ():
+        number = getattr(signal, name, None)  # Windows has no SIGHUP, and nohup ignores it
+        if number and signal.getsignal(number) is not signal.SIG_IGN:
+            before[number] = signal.signal(number, ask)
+    yield asked
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def say(line):
+    """A line above the bar, from the first process. If its reader is gone (`| tee`), no matter."""
+    if os.environ.get("RANK", "0") == "0":
+        with contextlib.suppress(OSError):
+            tqdm.write(line)
+            sys.stdout.flush()
+
+
+def peak_memory(device):
+    """Peak memory of this process in MB: the device's on CUDA, else the resident set."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e6
+    if sys.platform == "win32":
+        return math.nan
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes on macOS, else KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
 
 
 if __name__ == "__main__":
-    sys.exit(run(main))
+    sys.exit(sample.run(main))
