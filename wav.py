@@ -23,8 +23,8 @@ where c_s is 0 but for the details below. The routed variants differ only in the
 
 A detail d may be small beside its block's sum, so it is matched: it enters as g d, with the factor
 g = rms(sum) / rms(d) held constant, without gradient (6). Its bias c_s is learned and starts
-negative: wav starts near block_attnres and finds out what details are worth. So a block is seen at
-two resolutions, as by a wavelet. (The abstract does not spell out WAV; version 2 is named HAARES.)
+negative: wav starts near block_attnres and finds out what details are worth. So a block is seen
+at two resolutions, as by a wavelet (the abstract does not spell out WAV).
 
 Read on: the ordinary decoder; the method, plainly (`offer`, `GPT.route_plain`); the same, fast
 (`route`: each softmax is computed in two parts and merged exactly (7)). `python wav.py` prints the
@@ -50,9 +50,9 @@ from torch import nn
 KINDS = {"attnres": ("sum",), "block_attnres": ("sum",), "wav": ("sum", "phase", "split")}
 RESIDUALS = ("standard", *KINDS)
 
-# A kind is a line: the sign of sublayer j of the S in a block, where attention has even j. Details
-# are zero-sum: what all updates share is in the sum already, so a detail says only where in the
-# block they differ. In blocks of an even number of layers the three are orthogonal, too.
+# A kind is a line: the sign of sublayer j of the S in a block; S is even, and so is attention's j.
+# Details are zero-sum: what all updates share is in the sum already, so a detail says only where in
+# the block they differ. In blocks of an even number of layers the three are orthogonal, too.
 SIGNS = {
     "sum": lambda j, S: +1,  # what the block adds to the stream
     "phase": lambda j, S: +1 if j % 2 == 0 else -1,  # attention minus MLP
@@ -69,7 +69,9 @@ class GPTConfig:
     n_layer: int = 12  # L; a layer is two sublayers, attention and MLP
     n_head: int = 4
     n_embd: int = 128  # D, the width of the residual stream
-    n_block: int | None = None  # how many blocks, all equal; None: about 8, see below
+    n_block: int | None = (
+        None  # how many blocks, all equal; None: nearest to 8 that fits, see below
+    )
     residual: str = "wav"
     detail_bias: float = -2.0  # where c of (2) starts for details: each weighs e^-2 of a sum
     dropout: float = 0.0
@@ -108,7 +110,7 @@ def require(condition, message):
 def rms(x):
     """Root mean square over the last dimension, (..., D) -> (..., 1), in fp32 or better."""
     # The floor only keeps an all-zero vector from dividing by zero. The usual eps of 1e-6 would do
-    # harm: at 48 layers a mean of the 97 sources starts with a mean square of 4e-8.
+    # harm: at 48 layers of width 128 a mean of the 97 sources starts with a mean square of 1e-7.
     dtype = torch.promote_types(x.dtype, torch.float32)  # bf16 is summed in fp32
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=dtype)
     return (norm / x.size(-1) ** 0.5).clamp_min(1e-12)
@@ -196,28 +198,28 @@ class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        random_state = torch.get_rng_state()  # put back below: a fork's additions move no draws
+        random_state = torch.get_rng_state()
         self.embed = nn.Embedding(config.vocab_size, config.n_embd)
         layers = [(Attention(config), MLP(config)) for _ in range(config.n_layer)]
         self.sublayers = nn.ModuleList(sublayer for layer in layers for sublayer in layer)
         self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        # What a fork adds up here or to a sublayer moves nobody else's random numbers.
         torch.set_rng_state(random_state)
         self.init_weights()
         self.kinds = KINDS.get(config.residual, ())
         self.details = [kind for kind in self.kinds if kind != "sum"]
-        n_query, stretch = 2 * config.n_layer + 1, 2 * config.n_layer // config.n_block
-        self.S = 1 if config.residual == "attnres" else stretch  # sublayers of a block
+        Q, S = 2 * config.n_layer + 1, 2 * config.n_layer // config.n_block
+        self.S = S = 1 if config.residual == "attnres" else S  # sublayers of a block
         if self.kinds:
             # All start as the same network (wav: but for its details, of weight e^detail_bias).
             # Zero queries make every mixture a plain mean: standard's stream divided by the number
             # of sources. And the norm that opens each sublayer and the head cancels that number. A
-            # norm with a larger eps, or a source counted twice, breaks this without any error.
-            self.query = nn.Parameter(torch.zeros(n_query, config.n_embd))
-            signs = [[float(SIGNS[kind](j, self.S)) for j in range(self.S)] for kind in self.kinds]
+            # norm with a larger eps, or a source counted twice, breaks it: see `python wav.py`.
+            self.query = nn.Parameter(torch.zeros(Q, config.n_embd))
+            signs = [[float(SIGNS[kind](j, S)) for j in range(S)] for kind in self.kinds]
             self.register_buffer("basis", torch.tensor(signs), persistent=False)  # (K, S)
         if self.details:
-            self.detail_bias = nn.Parameter(torch.zeros(n_query, len(self.details)))
-            nn.init.constant_(self.detail_bias, config.detail_bias)
+            self.detail_bias = nn.Parameter(torch.ones(Q, len(self.details)) * config.detail_bias)
 
     @torch.no_grad()
     def init_weights(self):
@@ -273,8 +275,8 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def routing(self, idx):
-        """Mixing weights (2L+1, N, B, T) of each sublayer and the output on ids (B, T), 0 where a
-        source is not there, and the N sources' names: "x0", "sum running", "split 3", ..."""
+        """What route_plain reads on ids (B, T): mixing weights (2L+1, N, B, T), 0 where there is no
+        such source yet, and the N names of the sources: "x0", "sum running", "split 3", ..."""
         require(self.kinds, "residual='standard' has no routing to show: every weight is 1")
         rows = []
         self.route_plain(self.embed(idx), weights=rows)
@@ -342,10 +344,8 @@ def merge(h_done, lse_done, running, query):
     """What one query (D) reads: the running sources (N, B, T, D) merged into the mixture of the
     completed ones, h_done (B, T, D) with its lse_done (B, T). Returns (B, T, D)."""
     (h_run,), (lse_run,) = mix(running, rms(running).reciprocal(), query[None])
-    share = torch.sigmoid(lse_done - lse_run)[..., None].to(
-        h_run.dtype
-    )  # Z_done of both, (B, T, 1)
-    return torch.lerp(h_run, h_done, share)  # h_run + share (h_done - h_run)                   (7)
+    share = torch.sigmoid(lse_done - lse_run)[..., None]  # Z_done / (Z_done + Z_run), (B, T, 1)
+    return torch.lerp(h_run, h_done, share.to(h_run.dtype))  # h_run + share (h_done - h_run)   (7)
 
 
 def offer_at_once(basis, updates, total):
@@ -373,7 +373,8 @@ def route(self, x, cache=None):
             return h_done[0]
         updates, running = [], None
         for j in range(stretch):
-            h = merge(h_done[j], lse_done[j], running, self.query[first + j]) if j else h_done[j]
+            h, query = h_done[j], self.query[first + j]
+            h = merge(h, lse_done[j], running, query) if updates else h
             updates.append(self.sublayers[first + j](h, cache))
             if self.S == 1:
                 running = torch.stack(updates)  # each update so far is a source                (3)
@@ -393,16 +394,16 @@ def main():
     print("a block of two layers:   attention      MLP  attention      MLP")
     for kind, sign in SIGNS.items():
         print(f"  {kind:20}" + "".join(f"{sign(j, 4):+10g}" for j in range(4)))
-    print("12 layers, width 128:   parameters   start from standard   fast from plain")
+    print("12 layers, details off: parameters    start vs standard     fast vs plain")
     idx, starts = torch.arange(32).view(2, 16), []
     for residual in RESIDUALS:
         torch.manual_seed(1)
-        model, found = GPT(GPTConfig(65, residual=residual)).double(), []
+        model, found = GPT(GPTConfig(65, residual=residual, detail_bias=-1000.0)).double(), []
         starts.append(model(idx)[0].detach())
         line = f"  {residual:20} {sum(p.numel() for p in model.parameters()):11,}"
         line += f"{(starts[-1] - starts[0]).norm() / starts[0].norm():20.0e}"
         for p in model.parameters():
-            p.data += 0.1 * torch.randn_like(p)  # far from the start
+            p.data = 0.1 * torch.randn_like(p)  # far from the start, details on
         for form in {GPT.route, GPT.route_plain} if model.kinds else ():
             h = rms_norm(form(model, model.embed(idx)))
             loss = F.cross_entropy(model.head(h).flatten(0, 1), idx.flatten())
@@ -410,9 +411,8 @@ def main():
             found.append(torch.cat([h.flatten(), *(g.flatten() for g in gradients)]))
         if len(found) == 2:
             apart = (found[0] - found[1]).norm() / found[1].norm()
-            line += f"{apart:20.0e}" + "  edit route too, or take out GPT.route" * bool(
-                apart > 1e-9
-            )
+            note = "" if apart < 1e-9 else "  edit route too, or take out GPT.route"
+            line += f"{apart:20.0e}{note}"
         print(line)
 
 
