@@ -14,6 +14,7 @@ import hashlib
 import http.client
 import math
 import os
+import sys
 import urllib.request
 import zipfile
 import zlib
@@ -63,7 +64,7 @@ def encode(train, val):
         missing = [chr(c) for c in np.unique(val[~known])]
         dropped = f"dropped {(~known).sum():,} of {len(val):,} characters"
         never = f"which the training text never shows: {' '.join(map(repr, missing[:10]))}"
-        print(f"validation: {dropped}, {never}")
+        print(f"validation: {dropped}, {never}", file=sys.stderr)
     table = np.zeros(len(seen), dtype=np.min_scalar_type(len(vocab) - 1))
     table[vocab] = np.arange(len(vocab))
     return table[train], table[val[known]], [chr(c) for c in vocab]

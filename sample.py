@@ -55,8 +55,8 @@ def load_checkpoint(path, device="cpu"):
     try:
         with open(path, "rb") as file:
             checkpoint = torch.load(file, map_location="cpu", weights_only=True)
-        require(type(checkpoint) is dict, "it holds something else")
-        require(type(checkpoint["settings"]) is dict, "it has no settings")
+        settings = checkpoint["settings"] if type(checkpoint) is dict else {}
+        require(type(settings["dataset"]) is type(settings["data_dir"]) is str, "it names no text")
         config = GPTConfig(**checkpoint["config"])
         weights, chars = checkpoint["model"], checkpoint["chars"]
         vocabulary = len(chars) == config.vocab_size and sorted(set(chars)) == list(chars)
@@ -200,7 +200,7 @@ def run(main, argv=None):
     try:
         require(torch.__version__ >= "2.10", f"torch {torch.__version__} is too old: 2.10 or newer")
         status = main(argv) or 0
-        sys.stdout.flush()
+        print(end="", flush=True)
     except BrokenPipeError:  # `| head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:

@@ -516,7 +516,7 @@ def test_a_validation_file_is_used_but_for_characters_that_the_text_lacks(tmp_pa
     (tmp_path / "tale_valid.txt").write_text("no")
     train_ids, val_ids, chars = data.load(str(tmp_path / "tale.md"))
     assert decoded(train_ids, chars) == "abcd" * 30 and decoded(val_ids, chars) == "abbc"
-    (said,) = capsys.readouterr().out.splitlines()
+    (said,) = capsys.readouterr().err.splitlines()
     assert "dropped 3 of 7 characters" in said and "'🦊'" in said and r"'\n'" in said
 
 

@@ -70,7 +70,7 @@ class Settings:
 
 
 MODEL = [f.name for f in fields(GPTConfig) if f.name != "vocab_size"]  # what GPTConfig takes
-FIXED = (*MODEL, "dataset", "batch_size", "grad_accum", "seed")  # what a resumed run keeps
+FIXED = (*MODEL, "dataset", "batch_size", "grad_accum", "eval_batches", "seed")  # by --resume
 
 
 @dataclass
@@ -91,7 +91,7 @@ def main(argv=None):
 
     # Device and processes. Under torchrun each process takes its share of every batch.
     variables = (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
-    rank, local, world = (int(os.environ.get(name, default)) for name, default in variables)
+    rank, local, world = (int(os.environ.get(name) or default) for name, default in variables)
     require(s.batch_size % world == 0, f"batch_size={s.batch_size} needs {world} equal shares")
     device = data.pick_device(s.device, local, world)
     if world > 1:
@@ -119,9 +119,8 @@ def main(argv=None):
     torch.manual_seed(s.seed)
     model = (model or GPT(config)).to(device).train()
     optimizer = make_optimizer(s, model, device)
-    # bf16 that a GPU only emulates is slower than fp32.
     native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    dtype = s.dtype if s.dtype != "auto" else "bfloat16" if native else "float32"
+    dtype = s.dtype if s.dtype != "auto" else "bfloat16" if native else "float32"  # emulated: slow
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16")
     torch.set_float32_matmul_precision("high")  # TF32 for what stays in fp32 on a GPU
     name, n = f"{s.residual} {s.n_layer}x{s.n_embd}", sum(p.numel() for p in model.parameters())
@@ -134,6 +133,7 @@ def main(argv=None):
     if compiled:
         compile_parts(model)
     network = DistributedDataParallel(model) if world > 1 else model
+    network.broadcast_buffers = False  # they are constants
     try:
         rehearse(network, model, optimizer, val_ids, val_starts[:1], s, autocast)
     except Exception as error:
@@ -150,7 +150,7 @@ def main(argv=None):
 
     # The loop: figures, an evaluation and a checkpoint where they are due, first at step 0; then a
     # step. A loss stays on the device until it is shown, so that no step waits for it.
-    lr, since, began = 0.0, (now.step, now.seconds), time.perf_counter()
+    since, began = (now.step, now.seconds), time.perf_counter()
     bar = tqdm(total=s.max_iters, initial=now.step, unit="step", disable=True if rank else None)
     with stop_signals(world) as stop, bar:
         if rank == 0 and not checkpoint:
@@ -160,11 +160,11 @@ def main(argv=None):
             due = now.step % s.eval_interval == 0 or now.step == s.max_iters
             due = due and now.step != now.evaluated
             if due or last or time.perf_counter() - began > 0.5:
-                n_losses = max(1, now.step - now.evaluated)
-                loss = finite(now.losses / n_losses, "loss", now.step)  # waits for the device
+                loss = finite(now.losses / max(1, now.step - now.evaluated), "loss", now.step)
                 now.seconds += time.perf_counter() - began
-                speed = (now.step - since[0]) * chars_per_step / max(now.seconds - since[1], 1e-9)
+                speed = math.nan
                 if now.step > since[0]:
+                    speed = (now.step - since[0]) * chars_per_step / (now.seconds - since[1])
                     bar.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} chars/s")
                 names = ["ckpt.pt"] if due or last else []
                 if due:
@@ -172,11 +172,12 @@ def main(argv=None):
                     if world > 1:
                         dist.all_reduce(losses)
                     train_loss, val_loss = finite(losses / world, "loss", now.step).tolist()
+                    lr = optimizer.param_groups[0]["lr"]
                     line, row = f"val {val_loss:.3f}", f"{now.step},,{val_loss:.6f},,,0.0\n"
                     if now.step:  # before the first step there is no more to say
                         line = f"train {train_loss:.3f}, {line}, {speed:,.0f} chars/s"
-                        row = f"{now.step},{train_loss:.6f},{val_loss:.6f},{lr:.6g},{speed:.0f},"
-                        row += f"{now.seconds:.1f}\n"
+                        row = f"{now.step},{train_loss:.6f},{val_loss:.6f},"
+                        row += f"{lr:.6g},{speed:.0f},{now.seconds:.1f}\n"
                     say(f"step {now.step:,}: {line}")
                     now.log.append(row)
                     if now.step and val_loss < now.best:
@@ -193,9 +194,8 @@ def main(argv=None):
                 began = time.perf_counter()
             if last:
                 break
-            lr = learning_rate(s, now.step)
             for group in optimizer.param_groups:
-                group["lr"] = lr
+                group["lr"] = learning_rate(s, now.step)
             torch.manual_seed(hash((s.seed, now.step, rank)))  # dropout is that of the step
             shape = (s.grad_accum, world, s.batch_size // world)
             starts = data.random_starts(train_ids, s.n_ctx, shape, s.seed, now.step)[:, rank]
@@ -206,18 +206,16 @@ def main(argv=None):
             optimizer.zero_grad()
             now.step += 1
             bar.update()
-
     if world > 1:
         dist.destroy_process_group()
     if now.step < s.max_iters:
         say(f"stopped at step {now.step:,} and saved: the same command with --resume goes on")
         return 128 + stop[0]
     if rank == 0:
-        bits, speed = now.best / math.log(2), now.step * chars_per_step / max(now.seconds, 1e-9)
+        bits, rate = now.best / math.log(2), now.step * chars_per_step / max(now.seconds, 1e-9)
         say(f"{name}: best validation loss {now.best:.4f} nats ({bits:.4f} bits) per character")
-        say(
-            f"{speed:,.0f} chars/s, {now.seconds:,.0f} s, peak memory {peak_memory(device):,.0f} MB"
-        )
+        say(f"{rate:,.0f} chars/s, {now.seconds:,.0f} s, peak memory {peak_memory(device):,.0f} MB")
+        torch.compiler.set_stance("force_eager")  # text comes in other shapes
         torch.manual_seed(s.seed)
         model, _ = sample.load_checkpoint(sample.find_checkpoint(out_dir), device)
         sample.write_sample(model, chars, n_chars=300)
@@ -230,9 +228,9 @@ def read_settings(argv):
     s.out_dir = s.out_dir or f"out/{Path(s.dataset).stem}-{s.residual}-{s.n_layer}x{s.n_embd}"
     path = Path(s.out_dir, "ckpt.pt")
     if s.resume:
-        require(path.exists(), f"nothing to resume in {s.out_dir}: no ckpt.pt there")
+        require(path.exists(), f"nothing to resume in {s.out_dir}: --overwrite starts a run")
         model, checkpoint = sample.load_checkpoint(path)
-        before = resumable(checkpoint, path)
+        before = resumable(checkpoint, model, path)
         for name in FIXED:
             was, wanted = getattr(before, name), given.get(name, getattr(before, name))
             other = f"{name}={wanted!r} contradicts the checkpoint's {was!r}: leave it out, or"
@@ -241,18 +239,16 @@ def read_settings(argv):
         done = f"{s.out_dir} has done {checkpoint['progress'].step:,} steps"
         require(checkpoint["progress"].step < s.max_iters, f"{done}: give a larger --max_iters")
     elif not s.overwrite:
-        free = not path.exists() and not path.with_name("log.csv").exists()
-        require(free, HELD.format(s.out_dir))
+        require(not (path.exists() or path.with_name("log.csv").exists()), HELD.format(s.out_dir))
     for f in fields(s):
         value, (low, high) = getattr(s, f.name), f.metadata["span"]
         fits = low is None or low <= value <= high and value < math.inf  # nan fails too
-        upper = "" if high == math.inf else f" and at most {high:,}"
-        require(fits, f"{f.name}={value} must be at least {low}{upper}")
+        require(fits, f"{f.name}={value} must be at least {low} and at most {high:,}")
+    GPTConfig(2, **{name: getattr(s, name) for name in MODEL})  # refused before a download, if so
     return s, model, checkpoint
 
 
 def parse(argv):
-    """The settings that the command line gives, as a dict."""
     parser = sample.Parser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
     for f in fields(Settings):
         choices = f.metadata["choices"]
@@ -265,16 +261,19 @@ def parse(argv):
     return vars(parser.parse_args(argv))
 
 
-def resumable(checkpoint, path):
-    """A checkpoint's settings (what it lacks takes its default); its progress becomes a Progress."""
+def resumable(checkpoint, model, path):
+    """A checkpoint's settings (what it lacks has its default); its progress becomes a Progress."""
     try:
         before, now = Settings(**checkpoint["settings"]), Progress(**checkpoint["progress"])
-        for part in (before, now):
-            for f in fields(part):
-                right = isinstance(getattr(part, f.name), (f.type, type(f.default)))
-                require(right, f"{path} cannot be resumed: {f.name} is no {f.type.__name__}")
-        "".join(now.log), checkpoint["optimizer"]["param_groups"], checkpoint["text"]
-    except (KeyError, TypeError) as error:
+        for part, f in [(x, f) for x in (before, now) for f in fields(x)]:
+            right = isinstance(getattr(part, f.name), (f.type, type(f.default)))
+            require(right, f"{path} cannot be resumed: {f.name} is no {f.type.__name__}")
+        optimizer = make_optimizer(before, model, torch.device("cpu"))
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        for p, state in optimizer.state.items():  # its moments must be shaped as p is
+            torch.stack([p, state["exp_avg"], state["exp_avg_sq"]]), float(state["step"])
+        "".join(now.log), float(now.losses), checkpoint["text"]
+    except (AttributeError, KeyError, RuntimeError, TypeError) as error:
         raise ValueError(f"{path} cannot be resumed by this train.py: {error}") from None
     checkpoint["progress"] = now
     return before
@@ -330,8 +329,9 @@ def rehearse(network, model, optimizer, ids, starts, s, autocast):
 
 
 def compile_parts(model):
-    """torch.compile what repeats: sublayers and mixing. The loop over depth stays Python, so that 48
-    layers are never unrolled; a fork's own route runs as it is."""
+    """torch.compile what repeats: sublayers and mixing. The loop over depth stays Python: 48 layers
+    are never unrolled, and a fork's own route runs as it is."""
+    torch._dynamo.config.recompile_limit = 64  # attnres needs 8, which is torch's own
     for name in ("mix", "merge", "offer_at_once"):
         setattr(wav, name, torch.compile(getattr(wav, name)))
     for sublayer in model.sublayers:
@@ -348,7 +348,7 @@ def finite(x, what, step):
 def claim(out_dir, overwrite):
     """Make out_dir this run's own: of two that start together, one gets to create the log."""
     out_dir.mkdir(parents=True, exist_ok=True)
-    for name in ("log.csv", "ckpt.pt", "best.pt") if overwrite else ():
+    for name in ("best.pt", "ckpt.pt", "log.csv") if overwrite else ():
         (out_dir / name).unlink(missing_ok=True)
     try:
         open(out_dir / "log.csv", "x").close()
@@ -380,9 +380,8 @@ def stop_signals(world):
 def say(line):
     """A line above the bar, from the first process. If its reader is gone (`| tee`), no matter."""
     if os.environ.get("RANK", "0") == "0":
-        with contextlib.suppress(OSError):
-            tqdm.write(line)
-            sys.stdout.flush()
+        with contextlib.suppress(OSError), tqdm.external_write_mode():
+            print(line, flush=True)
 
 
 def peak_memory(device):
