@@ -211,7 +211,7 @@ def run(main, argv=None):
             raise
         status, message = 2, f"{memory}{error}"
     if message:  # out of the except clause the frames of main are gone: a bar has ended its line
-        who = f" (process {os.environ['RANK']})" if os.environ.get("RANK", "0") != "0" else ""
+        who = f" (process {os.environ['RANK']})" if (os.environ.get("RANK") or "0") != "0" else ""
         print(f"error{who}:", " ".join(message.split())[:1000], file=sys.stderr)
     return status
 

@@ -379,7 +379,7 @@ def stop_signals(world):
 
 def say(line):
     """A line above the bar, from the first process. If its reader is gone (`| tee`), no matter."""
-    if os.environ.get("RANK", "0") == "0":
+    if (os.environ.get("RANK") or "0") == "0":
         with contextlib.suppress(OSError), tqdm.external_write_mode():
             print(line, flush=True)
 

@@ -95,9 +95,9 @@ class Screen(io.StringIO):
         return True
 
 
-def said(main, *argv, code=0, terminal=False):
+def said(main, *argv, code=0, tty=False):
     """What main says on stdout and on stderr; its status is `code`."""
-    out, error = io.StringIO(), Screen() if terminal else io.StringIO()
+    out, error = io.StringIO(), Screen() if tty else io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(error):
         assert run(main, argv) == code, error.getvalue()
     return out.getvalue(), error.getvalue()
