@@ -250,7 +250,8 @@ def torchrun(script, *argv):
 @contextlib.contextmanager
 def limited_memory():
     before = resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(resource.RLIMIT_AS, (2**34, before[1]))
+    most = 2**34 if before[1] == resource.RLIM_INFINITY else min(2**34, before[1])
+    resource.setrlimit(resource.RLIMIT_AS, (most, before[1]))
     try:
         yield
     finally:
