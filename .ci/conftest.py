@@ -184,7 +184,7 @@ def GONE(content):
 
 
 def wait_for(condition):
-    patience = time.monotonic() + 60
+    patience = time.monotonic() + 180
     while not condition():
         assert time.monotonic() < patience
         time.sleep(0.005)

@@ -737,7 +737,7 @@ def test_two_processes_resume_with_the_dropout_of_the_unbroken_run(start):
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = free.getsockname()[1]
         for process in [start(flags, f"{i}", as_process, rank, port) for rank in "01"]:
-            process.join(60)
+            process.join(300)
             assert process.exitcode == 0
     assert [row[:4] for row in log_rows()] == [row[:4] for row in log_rows("broken")]
 
