@@ -207,6 +207,7 @@ def main(argv=None):
             now.step += 1
             bar.update()
     if world > 1:
+        del network  # first: as the last owner of the group it could wait for itself, forever
         dist.destroy_process_group()
     if now.step < s.max_iters:
         say(f"stopped at step {now.step:,} and saved: the same command with --resume goes on")
