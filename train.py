@@ -80,7 +80,7 @@ class Progress:
     step: int = 0
     seconds: float = 0.0  # of training steps alone
     best: float = math.inf  # validation loss, in nats per character
-    evaluated: int = -1  # the step of the last evaluation
+    since: tuple = (-1, 0.0)  # step and seconds of the last evaluation
     losses: torch.Tensor = field(default_factory=lambda: torch.zeros(()))  # their sum since then
     log: list = field(default_factory=lambda: [LOG_HEADER])  # log.csv, row by row
 
@@ -100,22 +100,22 @@ def main(argv=None):
     # Text. The first process of each host downloads, the others then find the files.
     if local > 0:
         dist.barrier()
-    train_ids, val_ids, chars = data.load(s.dataset, s.data_dir)
-    if world > 1 and local == 0:
-        dist.barrier()
+    try:
+        train_ids, val_ids, chars = data.load(s.dataset, s.data_dir)
+    finally:  # what fails here fails there by itself, in a line
+        if world > 1 and local == 0:
+            dist.barrier()
     sizes = f"{len(train_ids):,} characters to learn from, {len(val_ids):,} to validate"
     enough = min(len(train_ids), len(val_ids)) >= s.n_ctx + 2
     require(enough, f"{sizes}: n_ctx={s.n_ctx} needs {s.n_ctx + 2:,} of each")
     text = hashlib.sha256(b"".join(("".join(chars).encode(), train_ids, val_ids))).hexdigest()
-    other = f"dataset={s.dataset!r} is not the text that the checkpoint was trained on"
-    require(checkpoint is None or checkpoint["text"] == text, other)
+    require(not checkpoint or checkpoint["text"] == text, f"{s.dataset!r} is not this run's text")
     train_ids, val_ids = data.to_device(train_ids, device), data.to_device(val_ids, device)
     shape = (s.eval_batches, world, s.batch_size // world)
     val_starts = data.to_device(data.even_starts(val_ids, s.n_ctx, shape)[:, rank], device)
 
     # Model, optimiser, precision
     config = GPTConfig(len(chars), **{name: getattr(s, name) for name in MODEL})
-    s.n_block = config.n_block  # a number, where it was left to the default
     torch.manual_seed(s.seed)
     model = (model or GPT(config)).to(device).train()
     optimizer = make_optimizer(s, model, device)
@@ -143,68 +143,67 @@ def main(argv=None):
         torch.compiler.set_stance("force_eager")
         rehearse(network, model, optimizer, val_ids, val_starts[:1], s, autocast)
     now = checkpoint["progress"] if checkpoint else Progress()
-    now.losses = now.losses.to(device)
     if checkpoint:
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        optimizer.param_groups[0]["weight_decay"] = s.weight_decay
+        say(f"going on from step {now.step:,}")
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": checkpoint["moments"]})
 
     # The loop: figures, an evaluation and a checkpoint where they are due, first at step 0; then a
     # step. A loss stays on the device until it is shown, so that no step waits for it.
-    since, began = (now.step, now.seconds), time.perf_counter()
+    began, log, written = time.perf_counter(), out_dir / "log.csv", None  # by this process, so far
     bar = tqdm(total=s.max_iters, initial=now.step, unit="step", disable=True if rank else None)
     with stop_signals(world) as stop, bar:
         if rank == 0 and not checkpoint:
             claim(out_dir, s.overwrite)
         while True:
-            last = now.step >= s.max_iters or len(stop) > 0
-            due = now.step % s.eval_interval == 0 or now.step == s.max_iters
-            due = due and now.step != now.evaluated
+            step, (evaluated, since) = now.step, now.since
+            last = step >= s.max_iters or len(stop) > 0
+            due = step != evaluated and 0 in (step % s.eval_interval, step - s.max_iters)
             if due or last or time.perf_counter() - began > 0.5:
-                loss = finite(now.losses / max(1, now.step - now.evaluated), "loss", now.step)
+                loss = finite(now.losses.to(device) / max(1, step - evaluated), "loss", step)
                 now.seconds += time.perf_counter() - began
-                speed = math.nan
-                if now.step > since[0]:
-                    speed = (now.step - since[0]) * chars_per_step / (now.seconds - since[1])
+                speed = (step - max(0, evaluated)) * chars_per_step / max(1e-9, now.seconds - since)
+                if speed:
                     bar.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} chars/s")
-                names = ["ckpt.pt"] if due or last else []
+                into = [out_dir / "ckpt.pt"] if due or last else []
                 if due:
                     losses = torch.stack([loss, evaluate(model, val_ids, val_starts, s, autocast)])
                     if world > 1:
                         dist.all_reduce(losses)
-                    train_loss, val_loss = finite(losses / world, "loss", now.step).tolist()
-                    lr = optimizer.param_groups[0]["lr"]
-                    line, row = f"val {val_loss:.3f}", f"{now.step},,{val_loss:.6f},,,0.0\n"
-                    if now.step:  # before the first step there is no more to say
-                        line = f"train {train_loss:.3f}, {line}, {speed:,.0f} chars/s"
-                        row = f"{now.step},{train_loss:.6f},{val_loss:.6f},"
-                        row += f"{lr:.6g},{speed:.0f},{now.seconds:.1f}\n"
-                    say(f"step {now.step:,}: {line}")
-                    now.log.append(row)
-                    if now.step and val_loss < now.best:
-                        names, now.best = ["best.pt", "ckpt.pt"], val_loss
-                    now.evaluated, now.losses = now.step, torch.zeros_like(now.losses)
-                    since = now.step, now.seconds
-                if names and rank == 0:
+                    train, val = finite(losses / world, "loss", step).tolist()
+                    line, row = f"val {val:.3f}", f",{val:.6f},,,0.0"
+                    if step:  # before the first step there is no more to say
+                        line = f"train {train:.3f}, {line}, {speed:,.0f} chars/s"
+                        lr = learning_rate(s, step - 1)
+                        row = f"{train:.6f},{val:.6f},{lr:g},{speed:.0f},{now.seconds:.1f}"
+                    say(f"step {step:,}: {line}")
+                    now.log.append(f"{step},{row}\n")
+                    if step and val < now.best:
+                        into, now.best = [out_dir / "best.pt", *into], val
+                    now.since, now.losses = (step, now.seconds), torch.zeros_like(now.losses)
+                if into and rank == 0:
+                    mine = written is None or log.read_bytes() == written
+                    require(mine, f"another run writes into {out_dir}, too: this one ends")
                     for p in model.parameters():
-                        finite(p, "weights", now.step)
+                        finite(p, "weights", step)
                     rest = {"settings": asdict(s), "text": text, "progress": vars(now)}
                     rest["optimizer"] = optimizer.state_dict()
-                    sample.save_checkpoint([out_dir / name for name in names], model, chars, **rest)
-                    sample.write_whole(out_dir / "log.csv", "".join(now.log).encode())
+                    sample.save_checkpoint(into, model, chars, **rest)
+                    written = "".join(now.log).encode()
+                    sample.write_whole(log, written)
                 began = time.perf_counter()
             if last:
                 break
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(s, now.step)
-            torch.manual_seed(hash((s.seed, now.step, rank)))  # dropout is that of the step
+                group["lr"] = learning_rate(s, step)
+            torch.manual_seed(hash((s.seed, step, rank)))  # dropout is that of the step
             shape = (s.grad_accum, world, s.batch_size // world)
-            starts = data.random_starts(train_ids, s.n_ctx, shape, s.seed, now.step)[:, rank]
+            starts = data.random_starts(train_ids, s.n_ctx, shape, s.seed, step)[:, rank]
             starts = data.to_device(starts, device)
             now.losses = now.losses + gradients(network, train_ids, starts, s, autocast)
             torch.nn.utils.clip_grad_norm_(model.parameters(), s.grad_clip or math.inf)
             optimizer.step()
             optimizer.zero_grad()
-            now.step += 1
+            now.step = step + 1
             bar.update()
     if world > 1:
         del network  # first: as the last owner of the group it could wait for itself, forever
@@ -229,7 +228,8 @@ def read_settings(argv):
     s.out_dir = s.out_dir or f"out/{Path(s.dataset).stem}-{s.residual}-{s.n_layer}x{s.n_embd}"
     path = Path(s.out_dir, "ckpt.pt")
     if s.resume:
-        require(path.exists(), f"nothing to resume in {s.out_dir}: --overwrite starts a run")
+        one = f"--resume needs a run in {s.out_dir} to go on with, --overwrite starts one there"
+        require(path.exists() and not s.overwrite, one)
         model, checkpoint = sample.load_checkpoint(path)
         before = resumable(checkpoint, model, path)
         for name in FIXED:
@@ -245,7 +245,7 @@ def read_settings(argv):
         value, (low, high) = getattr(s, f.name), f.metadata["span"]
         fits = low is None or low <= value <= high and value < math.inf  # nan fails too
         require(fits, f"{f.name}={value} must be at least {low} and at most {high:,}")
-    GPTConfig(2, **{name: getattr(s, name) for name in MODEL})  # refused before a download, if so
+    s.n_block = GPTConfig(2, **{name: getattr(s, name) for name in MODEL}).n_block  # or refused
     return s, model, checkpoint
 
 
@@ -256,9 +256,8 @@ def parse(argv):
         how = {"type": f.type, "choices": choices, "metavar": None if choices else f.type.__name__}
         if f.type is bool:
             how = {"action": argparse.BooleanOptionalAction}
-        default = "" if f.default in ("", None, False) else f" (default: {f.default})"
-        how["help"] = f.metadata["help"] + default
-        parser.add_argument(f"--{f.name}", default=argparse.SUPPRESS, **how)
+        text = f.metadata["help"] + f" (default: {f.default})" * bool(f.default)
+        parser.add_argument(f"--{f.name}", default=argparse.SUPPRESS, help=text, **how)
     return vars(parser.parse_args(argv))
 
 
@@ -267,14 +266,14 @@ def resumable(checkpoint, model, path):
     try:
         before, now = Settings(**checkpoint["settings"]), Progress(**checkpoint["progress"])
         for part, f in [(x, f) for x in (before, now) for f in fields(x)]:
-            right = isinstance(getattr(part, f.name), (f.type, type(f.default)))
-            require(right, f"{path} cannot be resumed: {f.name} is no {f.type.__name__}")
+            require(isinstance(getattr(part, f.name), (f.type, type(f.default))), f"bad {f.name}")
         optimizer = make_optimizer(before, model, torch.device("cpu"))
-        optimizer.load_state_dict(checkpoint["optimizer"])
+        moments = checkpoint["moments"] = checkpoint["optimizer"]["state"]  # rates are the loop's
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
         for p, state in optimizer.state.items():  # its moments must be shaped as p is
             torch.stack([p, state["exp_avg"], state["exp_avg_sq"]]), float(state["step"])
-        "".join(now.log), float(now.losses), checkpoint["text"]
-    except (AttributeError, KeyError, RuntimeError, TypeError) as error:
+        "".join(now.log), float(now.losses), checkpoint["text"], sum(now.since)
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"{path} cannot be resumed by this train.py: {error}") from None
     checkpoint["progress"] = now
     return before

@@ -3,12 +3,14 @@ What the tests of the scripts stand on: a tiny run, a process of its own, n CUDA
 """
 
 import contextlib
+import gc
 import http.server
 import io
 import multiprocessing
 import os
 import resource
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -26,6 +28,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch.nn.parallel import DistributedDataParallel
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -138,10 +141,10 @@ def now():
     return read()["progress"]["step"]
 
 
-def stop_at(patch, step):
-    """A signal as the batch after `step` steps is drawn: the checkpoint is of step + 1."""
+def stop_at(patch, step, do=lambda: signal.raise_signal(SIGTERM)):
+    """As the batch after `step` steps is drawn, a signal (the checkpoint is of step + 1), or do()."""
     starts = data.random_starts
-    ask = lambda *args: (args[-1] == step and signal.raise_signal(SIGTERM), starts(*args))[1]
+    ask = lambda *args: (args[-1] == step and do(), starts(*args))[1]
     patch.setattr(data, "random_starts", ask)
 
 
@@ -208,6 +211,22 @@ def as_process(rank, port):
     """This process becomes number `rank` of two, as torchrun would start them."""
     host = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": f"{port}", "WORLD_SIZE": "2"}
     os.environ.update(host, RANK=rank, LOCAL_RANK=rank)
+
+    def destroy():  # a wrapper that outlives its process group may wait for itself
+        assert not [x for x in gc.get_objects() if type(x) is DistributedDataParallel]
+        original()
+
+    original, dist.destroy_process_group = dist.destroy_process_group, destroy
+
+
+def pair(start, argv):
+    """The exit statuses of two processes that train together. What each says is in RANK.1, .2."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    processes = [start(argv, rank, as_process, rank, port) for rank in "01"]
+    for process in processes:
+        process.join(300)
+    return [process.exitcode for process in processes]
 
 
 def in_child(name, argv, prepare, *args):

@@ -14,14 +14,15 @@ import random
 import re
 import resource
 import signal
-import socket
 import subprocess
 import sys
 import time
 import urllib.request
 from dataclasses import fields
 from pathlib import Path
+from pydoc_data.topics import topics
 from signal import SIGHUP, SIGINT, SIGTERM
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -32,8 +33,8 @@ from torch.torch_version import TorchVersion
 
 # isort: off
 from conftest import ANYWHERE, CPU, FILES, GONE, OK, RESUME, ROOT, SAMPLE, SMALL, STORIES, TEXT
-from conftest import TINY, Evil, Killed, as_process, cuda, decoded, files_in, held, limited_memory
-from conftest import load, log_rows, now, python, read, refused, said, steps, stop_at, stretched
+from conftest import TINY, Evil, Killed, cuda, decoded, files_in, held, limited_memory, load
+from conftest import log_rows, now, pair, python, read, refused, said, steps, stop_at, stretched
 from conftest import tampered, torchrun, wait_for, zipped
 # isort: on
 
@@ -94,7 +95,7 @@ def test_bf16_is_chosen_only_where_it_is_native(home, n, native, given):
 
 
 # --------------------------------------------------------------------------------------------------
-# Stopping and starting
+# Stop, start, resume, crash, refuse
 
 
 SIGNALS = [*(([n], [], 128 + n, 1) for n in (SIGINT, SIGTERM, SIGHUP)), ([SIGHUP], [SIGHUP], 0, 4)]
@@ -124,8 +125,8 @@ def test_ctrl_c_before_the_folder_is_claimed_leaves_none_and_claims_nothing(home
 
 
 def test_ctrl_c_that_ends_tee_too_still_saves(home):
-    flags = " ".join([*TINY, *SMALL, "--max_iters", "5000", "--eval_interval", "5000"])
-    script = f"({sys.executable} {ROOT}/train.py {flags}; echo $? > code) 2>&1 | tee log"
+    flags = [*TINY, *SMALL, "--max_iters", "5000", "--eval_interval", "5000"]
+    script = f"({sys.executable} {ROOT}/train.py {' '.join(flags)}; echo $? > code) 2>&1 | tee log"
     with subprocess.Popen(["setsid", "bash", "-c", script]) as shell:
         wait_for(log_rows)
         os.killpg(shell.pid, SIGINT)
@@ -152,11 +153,8 @@ MEMORY += [RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memo
 @pytest.mark.parametrize("error", MEMORY)
 @pytest.mark.parametrize("where", [(GPT, "forward"), (torch.optim.AdamW, "step")])
 def test_a_first_batch_that_no_memory_holds_touches_no_folder(finished, where, error):
-    def fail(*args, **how):
-        raise error
-
     before = files_in(".")
-    finished.setattr(*where, fail)
+    finished.setattr(*where, Mock(side_effect=error))
     for argv in ([*TINY, "--overwrite"], [*TINY, "--out_dir", "new"]):
         refused(train.main, argv, "out of memory, make batch_size or the model smaller: ")
     assert files_in(".") == before and not Path("new").exists()
@@ -177,10 +175,6 @@ def test_a_compiler_that_fails_is_named_and_left_out_but_for_want_of_memory(home
     assert "no C++ here" in line and line.endswith(": going on without it")
     said(train.main, *TINY, "--out_dir", "eager")
     assert [row[:4] for row in log_rows()] == [row[:4] for row in log_rows("eager")]
-
-
-# --------------------------------------------------------------------------------------------------
-# Checkpoints: resume, crash, refuse
 
 
 @pytest.mark.parametrize("residual", RESIDUALS)
@@ -205,8 +199,10 @@ def test_a_stopped_and_resumed_run_is_the_unbroken_run_to_the_bit(home, residual
     for name in ("ckpt.pt", "best.pt"):
         whole, broken = read(f"whole/{name}"), read(f"run/{name}")
         for checkpoint in (whole, broken):  # their folder, the clock and its figures may differ
-            del checkpoint["settings"], checkpoint["progress"]["seconds"]
-            rows = [row.split(",")[:4] for row in checkpoint["progress"].pop("log")]
+            progress, _ = checkpoint["progress"], checkpoint.pop("settings")
+            del progress["seconds"]
+            assert progress.pop("since")[0] == 12
+            rows = [row.split(",")[:4] for row in progress.pop("log")]
             assert [row[0] for row in rows] == ["step", "0", "4", "8", "12"]
             checkpoint["rest"] = [rows, *(checkpoint.pop(n) for n in ("config", "chars", "text"))]
         assert whole.pop("rest") == broken.pop("rest")
@@ -258,9 +254,8 @@ def test_a_crash_or_a_full_disk_in_any_write_leaves_whole_checkpoints(home, func
     assert before and (files_in("run") == before or not full)
     assert all(load_checkpoint(path) for path in Path("run").glob("*.pt"))
     saved, still = Path("run/ckpt.pt").exists(), ["--learning_rate", "0", "--min_lr", "0"]
-    said(
-        train.main, *argv, *(["--resume", "--max_iters", "3", *still] if saved else ["--overwrite"])
-    )
+    how = ["--resume", "--max_iters", "3", *still] if saved else ["--overwrite"]
+    said(train.main, *argv, *how)
     best = read("run/best.pt")["progress"]["best"]  # of what is learnt above, for no more is
     assert float(f"{best:.6f}") <= min(float(row[2]) for row in log_rows()[1:])
     assert steps()[:3] == [0, 1, 2] and files_in("run").keys() - {"best.pt.part"} == FILES
@@ -317,7 +312,7 @@ NOT_RESUMED = [
     *((f"settings {f.name}", []) for f in fields(train.Settings)),
     *((name, x) for name in ("progress", "optimizer", "text") for x in (None, "x", [], GONE)),
     *(("progress unknown", 1), ("settings beta1", 0.9), ("progress losses", torch.zeros(2))),
-    *((f"optimizer {n}", x) for n in ("state", "param_groups") for x in (None, "x", [1], GONE)),
+    *(("optimizer state", x) for x in (None, "x", [1], GONE)),
     *(("optimizer state 0", x) for x in (None, {"step": None, "exp_avg": "x"}, {"a": 1})),
     *((f"optimizer state 0 {n}", torch.zeros(3, 3)) for n in ("step", "exp_avg", "exp_avg_sq")),
 ]
@@ -340,16 +335,15 @@ def test_a_checkpoint_that_lies_is_refused_before_a_model_takes_memory(finished,
 
 @pytest.mark.parametrize("legacy", [False, True])
 @pytest.mark.parametrize("place", ["", "config"])
-def test_a_checkpoint_that_would_run_code_is_refused_and_runs_none(finished, place, legacy):
+def test_a_checkpoint_that_would_run_code_or_is_cut_is_refused_and_runs_none(
+    finished, place, legacy
+):
     tampered(place, Evil(), legacy)
     refused(sample.main, SAMPLE, "best.pt is refused")
     refused(train.main, RESUME, "ckpt.pt is refused")
     assert not Path("evil").exists()
     torch.load("run/best.pt", weights_only=False)
     assert Path("evil").exists(), "the file was not a danger: the test shows nothing"
-
-
-def test_a_truncated_checkpoint_is_refused(finished):
     size = Path("run/best.pt").stat().st_size
     for length in (size - 1, size // 2, 100, 0):
         os.truncate("run/best.pt", length)
@@ -358,12 +352,27 @@ def test_a_truncated_checkpoint_is_refused(finished):
 
 def test_a_run_goes_on_for_longer_at_another_rate_without_its_log_or_a_new_setting(finished):
     tampered("settings grad_clip", GONE)
+    tampered("optimizer param_groups", [])  # of another device, perhaps, and another weight decay
     Path("run/log.csv").unlink()
     flags = "--max_iters 6 --learning_rate 0.01 --min_lr 0.002 --warmup_iters 2 --weight_decay 0.2"
-    said(train.main, *RESUME, *flags.split())
+    assert "going on from step 4\n" in said(train.main, *RESUME, *flags.split())[0]
     assert steps() == [0, 2, 4, 6] and now() == 6 and read()["settings"]["grad_clip"] == 1.0
     assert 0.002 < float(log_rows()[-1][3]) < 0.01
     assert [group["weight_decay"] for group in read()["optimizer"]["param_groups"]] == [0.2, 0.0]
+    with finished.context() as patch:
+        stop_at(patch, 6)
+        said(train.main, *RESUME, "--max_iters", "9", code=143)
+    out, _ = said(train.main, *RESUME, "--max_iters", "9", "--eval_interval", "7")
+    assert re.search(r"step 7: train \d\.\d{3}, val \d\.\d{3}, [1-9][\d,]* chars/s", out)
+
+
+@pytest.mark.parametrize("other", [RESUME, [*TINY, "--overwrite"]])
+def test_a_run_that_finds_another_ones_work_in_its_folder_ends_and_leaves_it(home, other):
+    once, left = iter([0]), {}
+    meet = lambda: [left.update(said(train.main, *other) and files_in(".")) for _ in once]
+    stop_at(home, 3, meet)
+    refused(train.main, TINY, "another run writes into run, too: this one ends")
+    assert files_in(".") == left and now() == 4
 
 
 # --------------------------------------------------------------------------------------------------
@@ -398,7 +407,7 @@ REFUSED = [
     *((train.main, [*TINY, "--overwrite"], flags, "") for flags in BAD[::9]),
     *((train.main, RESUME, f"--max_iters 6 --{flags}", "contradicts") for flags in FIXED),
     *((train.main, RESUME, f"--max_iters {n}", "has done 4 steps: give a larger") for n in (4, 1)),
-    (train.main, ["--resume"], "--out_dir none", "nothing to resume in none"),
+    *((train.main, RESUME, flags, "needs a run in") for flags in ("--overwrite", "--out_dir none")),
     (train.main, NEW, "--dataset tinystories --n_head 3", "n_embd=16 must be a multiple of"),
     (train.main, TINY, "--seed 2", "run holds a run: --resume goes on with it, --out_dir "),
     *((train.main, TINY, f"--out_dir {x}", x[:5]) for x in ("a.txt/run", "a.txt", "x" * 3000)),
@@ -425,7 +434,7 @@ def test_what_cannot_work_is_named_in_a_line_and_touches_no_file(finished, main,
 
 
 def test_another_text_is_refused_and_a_window_must_fit(finished):
-    for length, word in ((len(TEXT) - 1, "not the text"), (170, "n_ctx=16 needs 18 of each")):
+    for length, word in ((len(TEXT) - 1, "not this run's text"), (170, "n_ctx=16 needs 18 of e")):
         Path("a.txt").write_text(TEXT[:length])
         refused(train.main, [*RESUME, "--max_iters", "6"], word)
     Path("a.txt").write_text(TEXT[:171])  # its last tenth is 18 characters, n_ctx + 2
@@ -445,16 +454,16 @@ def test_a_torch_that_is_too_old_is_refused_in_one_line(home):
 # Sampling
 
 
-@pytest.mark.parametrize(
-    "flags, start, length",
-    [
-        *((["--prompt", text], text, len(text) + 5) for text in ("", TEXT[:300])),
-        *((["--temperature", x], "", 5) for x in ("0", "1e-45", "1e-300", "1e300", "inf")),
-        *(([f"--{name}", x], "", 5) for name, x in (("seed", "-1"), ("top_k", str(10**30)))),
-        (["--n_chars", "40", "--device", "cpu"], "", 40),  # past n_ctx
-        (["--n_samples", "2"], "", 2 * 5 + 82),  # a line between
-    ],
-)
+UNUSUAL = [
+    *((["--prompt", text], text, len(text) + 5) for text in ("", TEXT[:300])),
+    *((["--temperature", x], "", 5) for x in ("0", "1e-45", "1e-300", "1e300", "inf")),
+    *(([f"--{name}", x], "", 5) for name, x in (("seed", "-1"), ("top_k", str(10**30)))),
+    (["--n_chars", "40", "--device", "cpu"], "", 40),  # past n_ctx
+    (["--n_samples", "2"], "", 2 * 5 + 82),  # a line between
+]
+
+
+@pytest.mark.parametrize("flags, start, length", UNUSUAL)
 def test_unusual_sampling_arguments_work_and_a_seed_makes_one_text(finished, flags, start, length):
     seeds = ([], [], ["--seed", "7"])
     text, again, other = (said(sample.main, *SAMPLE, *flags, *seed)[0] for seed in seeds)
@@ -464,17 +473,14 @@ def test_unusual_sampling_arguments_work_and_a_seed_makes_one_text(finished, fla
     assert (text == other) == cold
 
 
-@pytest.mark.parametrize(
-    "residual, n_layer, heads, kinds",
-    [
-        ("wav", 4, "x0 sum+ sum1 pha1 spl1 sum2 pha2 spl2", "x0 running sum phase split"),
-        ("block_attnres", 4, "x0 sum+ sum1 sum2", "x0 running sum"),
-        ("attnres", 12, " ".join(["x0", *(f"sum{i}" for i in range(1, 25))]), "x0 sum"),
-    ],
-)
+MAPS = [("wav", 4, "x0 sum+ sum1 pha1 spl1 sum2 pha2 spl2", "x0 running sum phase split")]
+MAPS += [("block_attnres", 4, "x0 sum+ sum1 sum2", "x0 running sum")]
+MAPS += [("attnres", 12, " ".join(["x0", *(f"sum{i}" for i in range(1, 25))]), "x0 sum")]
+
+
+@pytest.mark.parametrize("residual, n_layer, heads, kinds", MAPS)
 def test_the_map_has_a_row_for_each_reader(home, residual, n_layer, heads, kinds):
-    flags = ["--residual", residual, "--n_layer", f"{n_layer}", "--max_iters", "1"]
-    said(train.main, *TINY, *flags)
+    said(train.main, *TINY, "--residual", residual, "--n_layer", f"{n_layer}", "--max_iters", "1")
     weights, means = said(sample.main, *SAMPLE, "--routing")[0].split("\n\n")
     title, line, *rows = weights.splitlines()
     assert title == f"{residual} {n_layer}x16: mixing weights in percent"
@@ -491,9 +497,8 @@ def test_text_and_map_are_utf8_whatever_the_encoding_and_head_ends_it_quietly(ho
     said(train.main, *TINY, "--max_iters", "1")
     line = f"{sys.executable} {ROOT}/sample.py --out_dir run"
     script = f"{line} --prompt 🦊 --n_chars 3000 | head -c 20; echo $PIPESTATUS"
-    script += f"; {line} --routing > map"
-    env = {**os.environ, "PYTHONIOENCODING": "ascii"}
-    done = subprocess.run(["bash", "-c", script], env=env, check=True, capture_output=True)
+    script = f"export PYTHONIOENCODING=ascii; {script}; {line} --routing > map"
+    done = subprocess.run(["bash", "-c", script], check=True, capture_output=True)
     assert done.stdout.startswith("🦊".encode()) and done.stdout[20:] == b"0\n"
     assert done.stderr == b"run/best.pt: wav 4x16\n" * 2
     assert "attention 1    █100\n" in Path("map").read_text(encoding="utf-8")
@@ -518,23 +523,23 @@ def test_a_download_is_kept_whole_but_for_a_character_that_is_cut(serve, ranges)
     assert len(requests) == len(files_in("data")) == 2 * 80
 
 
-@pytest.mark.parametrize(
-    "word, server",
-    [
-        ("it ended after", {"head": OK + "0"}),  # it offers ten times what it sends
-        ("it ended after", {"first": 5000}),
-        ("timed out", {"head": OK + "0", "hang": 1}),
-        ("404", {"head": "HTTP/1.0 404 Not Found"}),
-        ("SSH", {"head": "SSH-2.0-OpenSSH_9.6"}),
-        ("not TinyStories", {"body": b"<html>log in first</html>"}),
-        ("offers 1,000,000,000,000 bytes", {"head": OK.replace("{length}", str(10**12))}),
-        ("offers 0 bytes", {"head": "HTTP/1.0 200 OK"}),
-        ("many", {"head": OK.replace("{length}", "many")}),
-        ("not allowed", {"head": "HTTP/1.0 302 Found\r\nLocation: file:///etc/passwd"}),
-        ("", {"head": "HTTP/1.0 302 Found\r\nLocation: http://127.0.0.1:0/"}),  # nobody is there
-        ("it was redirected to http:", {"first": 1000}),  # from https, as below
-    ],
-)
+SERVERS = [
+    ("it ended after", {"head": OK + "0"}),  # it offers ten times what it sends
+    ("it ended after", {"first": 5000}),
+    ("timed out", {"head": OK + "0", "hang": 1}),
+    ("404", {"head": "HTTP/1.0 404 Not Found"}),
+    ("SSH", {"head": "SSH-2.0-OpenSSH_9.6"}),
+    ("not TinyStories", {"body": b"<html>log in first</html>"}),
+    ("offers 1,000,000,000,000 bytes", {"head": OK.replace("{length}", str(10**12))}),
+    ("offers 0 bytes", {"head": "HTTP/1.0 200 OK"}),
+    ("many", {"head": OK.replace("{length}", "many")}),
+    ("not allowed", {"head": "HTTP/1.0 302 Found\r\nLocation: file:///etc/passwd"}),
+    ("", {"head": "HTTP/1.0 302 Found\r\nLocation: http://127.0.0.1:0/"}),  # nobody is there
+    ("it was redirected to http:", {"first": 1000}),  # from https, as below
+]
+
+
+@pytest.mark.parametrize("word, server", SERVERS)
 def test_a_bad_download_says_so_in_one_line_and_leaves_nothing(serve, home, word, server):
     # A server may claim any size for a file of which only the beginning is wanted.
     serve(**{"first": None, **server})
@@ -616,8 +621,6 @@ def test_any_command_line_works_or_is_refused_in_one_line(argv):
 
 
 def test_pydoc_is_split_by_pieces_and_always_in_the_same_way():
-    from pydoc_data.topics import topics
-
     whole, (text, val) = "\n\n".join(topics[name] for name in sorted(topics)), data.pydoc(None)
     assert whole[:40000] == text[:36000] + val[:4000] and len(whole) == len(text + val)
     assert whole[40000:80000] == text[36000:72000] + val[4000:8000]
@@ -638,7 +641,7 @@ def test_batches_are_windows_drawn_by_seed_and_step_alone_and_targets_one_later(
 
 
 # --------------------------------------------------------------------------------------------------
-# Training
+# Training, in one process and in two
 
 
 @pytest.mark.parametrize("tty", [False, True])
@@ -705,10 +708,6 @@ def test_a_variant_that_is_added_to_the_table_trains_in_its_own_folder_and_shows
     assert os.listdir("out") == ["a-sum_split-4x16"]
 
 
-# --------------------------------------------------------------------------------------------------
-# Two processes
-
-
 @pytest.mark.parametrize("script", ["../train.py", "test_scripts.py --as-on 2"])
 def test_two_processes_train_as_one(home, script):
     argv = [*ANYWHERE, "--grad_accum", "2", "--dtype", "float32"]
@@ -733,13 +732,15 @@ def test_more_processes_than_gpus_and_a_batch_of_uneven_shares_are_refused(home)
 def test_two_processes_resume_with_the_dropout_of_the_unbroken_run(start):
     argv = [*TINY, "--dropout", "0.5", "--learning_rate", "0.01", "--min_lr", "0.01"]
     broken = [*argv, "--out_dir", "broken"]
-    for i, flags in enumerate((argv, [*broken, "--max_iters", "2"], [*broken, "--resume"])):
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            port = free.getsockname()[1]
-        for process in [start(flags, f"{i}", as_process, rank, port) for rank in "01"]:
-            process.join(300)
-            assert process.exitcode == 0
+    for flags in (argv, [*broken, "--max_iters", "2"], [*broken, "--resume"]):
+        assert pair(start, flags) == [0, 0]
     assert [row[:4] for row in log_rows()] == [row[:4] for row in log_rows("broken")]
+
+
+def test_two_processes_name_a_missing_text_in_a_line_each(start):
+    assert pair(start, [*TINY, "--dataset", "b.txt"]) == [2, 2]
+    for rank, who in (("0", "error:"), ("1", "error (process 1):")):
+        assert re.fullmatch(rf"{re.escape(who)} .*b\.txt.*\n", Path(f"{rank}.2").read_text())
 
 
 if __name__ == "__main__":  # --as-on N
