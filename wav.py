@@ -46,8 +46,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-# A variant is a line: what a completed block offers. (attnres: a block is a single sublayer.)
-KINDS = {"attnres": ("sum",), "block_attnres": ("sum",), "wav": ("sum", "phase", "split")}
+KINDS = {  # a variant is a line: what a completed block offers to all later sublayers
+    "attnres": ("sum",),  # here alone a block is a single sublayer
+    "block_attnres": ("sum",),
+    "wav": ("sum", "phase", "split"),
+}
 RESIDUALS = ("standard", *KINDS)
 
 # A kind is a line: the sign of sublayer j of the S in a block; S is even, and so is attention's j.
@@ -69,9 +72,7 @@ class GPTConfig:
     n_layer: int = 12  # L; a layer is two sublayers, attention and MLP
     n_head: int = 4
     n_embd: int = 128  # D, the width of the residual stream
-    n_block: int | None = (
-        None  # how many blocks, all equal; None: nearest to 8 that fits, see below
-    )
+    n_block: int | None = None  # equal blocks of layers; None: nearest to 8 that fits, see below
     residual: str = "wav"
     detail_bias: float = -2.0  # where c of (2) starts for details: each weighs e^-2 of a sum
     dropout: float = 0.0
@@ -203,8 +204,7 @@ class GPT(nn.Module):
         layers = [(Attention(config), MLP(config)) for _ in range(config.n_layer)]
         self.sublayers = nn.ModuleList(sublayer for layer in layers for sublayer in layer)
         self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        # What a fork adds up here or to a sublayer moves nobody else's random numbers.
-        torch.set_rng_state(random_state)
+        torch.set_rng_state(random_state)  # so what a fork adds above moves nobody else's draws
         self.init_weights()
         self.kinds = KINDS.get(config.residual, ())
         self.details = [kind for kind in self.kinds if kind != "sum"]
@@ -409,7 +409,7 @@ def main():
             loss = F.cross_entropy(model.head(h).flatten(0, 1), idx.flatten())
             gradients = torch.autograd.grad(loss, [*model.parameters()], materialize_grads=True)
             found.append(torch.cat([h.flatten(), *(g.flatten() for g in gradients)]))
-        if len(found) == 2:
+        if len(found) == 2:  # else the plain form is what runs, and there is nothing to compare
             apart = (found[0] - found[1]).norm() / found[1].norm()
             note = "" if apart < 1e-9 else "  edit route too, or take out GPT.route"
             line += f"{apart:20.0e}{note}"
