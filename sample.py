@@ -110,9 +110,8 @@ def write_sample(model, chars, prompt="", n_chars=500, temperature=0.8, top_k=No
 
 
 def print_routing(model, checkpoint, data_dir, device):
-    """The mixing weights on validation text, in percent: a row for each sublayer and the output, a
-    column for each source. Then by kind of source: the mean, how far it moves from token to token
-    (standard deviation), and what it was at initialisation."""
+    """Mixing weights on validation text, in percent: a row for each reader, a column for each source;
+    then by kind of source: mean, deviation from token to token, and the mean at initialisation."""
     config, settings = model.config, checkpoint["settings"]
     _, val_ids, chars = data.load(settings["dataset"], data_dir or settings["data_dir"])
     require(chars == checkpoint["chars"], f"{settings['dataset']!r} is not its training text")
@@ -206,10 +205,11 @@ def run(main, argv=None):
     except KeyboardInterrupt:
         status = 128 + signal.SIGINT
     except Exception as error:
-        memory = "out of memory, make batch_size or the model smaller: " * out_of_memory(error)
-        if not memory and not isinstance(error, (ValueError, OSError, FloatingPointError)):
+        hint = "out of memory, make batch_size or the model smaller: " * out_of_memory(error)
+        hint = hint or "another process ended: " * ("by peer" in str(error))  # as gloo says it
+        if not hint and not isinstance(error, (ValueError, OSError, FloatingPointError)):
             raise
-        status, message = 2, f"{memory}{error}"
+        status, message = 2, f"{hint}{error}"
     if message:  # out of the except clause the frames of main are gone: a bar has ended its line
         who = f" (process {os.environ['RANK']})" if (os.environ.get("RANK") or "0") != "0" else ""
         print(f"error{who}:", " ".join(message.split())[:1000], file=sys.stderr)

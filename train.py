@@ -20,7 +20,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import data
@@ -28,6 +27,7 @@ import sample
 import wav
 from wav import GPT, RESIDUALS, GPTConfig, require
 
+FILES = ("best.pt", "ckpt.pt", "log.csv")
 LOG_HEADER = "step,train_loss,val_loss,learning_rate,chars_per_second,seconds\n"
 HELD = "{} holds a run: --resume goes on with it, --out_dir starts another, --overwrite replaces it"
 
@@ -37,9 +37,7 @@ def flag(default, help, low=None, high=math.inf, choices=None):
 
 
 @dataclass
-class Settings:
-    """The defaults train on two CPU cores in about five minutes."""
-
+class Settings:  # the defaults train on two CPU cores in about five minutes
     dataset: str = flag("pydoc", "pydoc, tinystories, text8 or the path of a text file")
     data_dir: str = flag("data", "where downloads are kept")
     out_dir: str = flag("", "where the run is kept (default: out/DATASET-RESIDUAL-LAYERSxWIDTH)")
@@ -70,7 +68,7 @@ class Settings:
 
 
 MODEL = [f.name for f in fields(GPTConfig) if f.name != "vocab_size"]  # what GPTConfig takes
-FIXED = (*MODEL, "dataset", "batch_size", "grad_accum", "eval_batches", "seed")  # by --resume
+FIXED = (*MODEL, "batch_size", "grad_accum", "eval_batches", "seed")  # by --resume
 
 
 @dataclass
@@ -81,12 +79,13 @@ class Progress:
     seconds: float = 0.0  # of training steps alone
     best: float = math.inf  # validation loss, in nats per character
     since: tuple = (-1, 0.0)  # step and seconds of the last evaluation
+    lr: float = 0.0  # of the last step
     losses: torch.Tensor = field(default_factory=lambda: torch.zeros(()))  # their sum since then
     log: list = field(default_factory=lambda: [LOG_HEADER])  # log.csv, row by row
 
 
 def main(argv=None):
-    s, model, checkpoint = read_settings(argv)
+    s, model, checkpoint, saved = read_settings(argv)
     out_dir = Path(s.out_dir)
 
     # Device and processes. Under torchrun each process takes its share of every batch.
@@ -132,7 +131,7 @@ def main(argv=None):
     compiled = device.type == "cuda" if s.compile is None else s.compile
     if compiled:
         compile_parts(model)
-    network = DistributedDataParallel(model) if world > 1 else model
+    network = torch.nn.parallel.DistributedDataParallel(model) if world > 1 else model
     network.broadcast_buffers = False  # they are constants
     try:
         rehearse(network, model, optimizer, val_ids, val_starts[:1], s, autocast)
@@ -149,7 +148,7 @@ def main(argv=None):
 
     # The loop: figures, an evaluation and a checkpoint where they are due, first at step 0; then a
     # step. A loss stays on the device until it is shown, so that no step waits for it.
-    began, log, written = time.perf_counter(), out_dir / "log.csv", None  # by this process, so far
+    began, ckpt = time.perf_counter(), out_dir / "ckpt.pt"
     bar = tqdm(total=s.max_iters, initial=now.step, unit="step", disable=True if rank else None)
     with stop_signals(world) as stop, bar:
         if rank == 0 and not checkpoint:
@@ -162,9 +161,8 @@ def main(argv=None):
                 loss = finite(now.losses.to(device) / max(1, step - evaluated), "loss", step)
                 now.seconds += time.perf_counter() - began
                 speed = (step - max(0, evaluated)) * chars_per_step / max(1e-9, now.seconds - since)
-                if speed:
-                    bar.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} chars/s")
-                into = [out_dir / "ckpt.pt"] if due or last else []
+                bar.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} chars/s" if speed else "")
+                into = [ckpt] if due or last else []
                 if due:
                     losses = torch.stack([loss, evaluate(model, val_ids, val_starts, s, autocast)])
                     if world > 1:
@@ -173,28 +171,26 @@ def main(argv=None):
                     line, row = f"val {val:.3f}", f",{val:.6f},,,0.0"
                     if step:  # before the first step there is no more to say
                         line = f"train {train:.3f}, {line}, {speed:,.0f} chars/s"
-                        lr = learning_rate(s, step - 1)
-                        row = f"{train:.6f},{val:.6f},{lr:g},{speed:.0f},{now.seconds:.1f}"
+                        row = f"{train:.6f},{val:.6f},{now.lr:g},{speed:.0f},{now.seconds:.1f}"
                     say(f"step {step:,}: {line}")
                     now.log.append(f"{step},{row}\n")
                     if step and val < now.best:
                         into, now.best = [out_dir / "best.pt", *into], val
                     now.since, now.losses = (step, now.seconds), torch.zeros_like(now.losses)
                 if into and rank == 0:
-                    mine = written is None or log.read_bytes() == written
-                    require(mine, f"another run writes into {out_dir}, too: this one ends")
-                    for p in model.parameters():
-                        finite(p, "weights", step)
+                    found = ckpt.stat().st_mtime_ns if ckpt.exists() else None
+                    require(found == saved, f"another run writes into {out_dir}: this one ends")
+                    finite(sum(p.sum() for p in model.parameters()), "weights", step)
                     rest = {"settings": asdict(s), "text": text, "progress": vars(now)}
                     rest["optimizer"] = optimizer.state_dict()
                     sample.save_checkpoint(into, model, chars, **rest)
-                    written = "".join(now.log).encode()
-                    sample.write_whole(log, written)
+                    sample.write_whole(out_dir / "log.csv", "".join(now.log).encode())
+                    saved = ckpt.stat().st_mtime_ns
                 began = time.perf_counter()
             if last:
                 break
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(s, step)
+                group["lr"] = now.lr = learning_rate(s, step)
             torch.manual_seed(hash((s.seed, step, rank)))  # dropout is that of the step
             shape = (s.grad_accum, world, s.batch_size // world)
             starts = data.random_starts(train_ids, s.n_ctx, shape, s.seed, step)[:, rank]
@@ -222,14 +218,15 @@ def main(argv=None):
 
 
 def read_settings(argv):
-    """Command line over resumed run over defaults; and the model and checkpoint of that run."""
-    given, model, checkpoint = parse(argv), None, None
+    """Command line over resumed run over defaults; that run's model, checkpoint and its time."""
+    given, model, checkpoint, saved = parse(argv), None, None, None
     s = Settings(**given)
     s.out_dir = s.out_dir or f"out/{Path(s.dataset).stem}-{s.residual}-{s.n_layer}x{s.n_embd}"
     path = Path(s.out_dir, "ckpt.pt")
     if s.resume:
-        one = f"--resume needs a run in {s.out_dir} to go on with, --overwrite starts one there"
-        require(path.exists() and not s.overwrite, one)
+        require(not s.overwrite, "--resume goes on with a run, --overwrite replaces it: give one")
+        require(path.exists(), f"nothing to resume in {s.out_dir}: --overwrite starts a run")
+        saved = path.stat().st_mtime_ns
         model, checkpoint = sample.load_checkpoint(path)
         before = resumable(checkpoint, model, path)
         for name in FIXED:
@@ -240,13 +237,13 @@ def read_settings(argv):
         done = f"{s.out_dir} has done {checkpoint['progress'].step:,} steps"
         require(checkpoint["progress"].step < s.max_iters, f"{done}: give a larger --max_iters")
     elif not s.overwrite:
-        require(not (path.exists() or path.with_name("log.csv").exists()), HELD.format(s.out_dir))
+        require(not any(path.with_name(x).exists() for x in FILES), HELD.format(s.out_dir))
     for f in fields(s):
         value, (low, high) = getattr(s, f.name), f.metadata["span"]
         fits = low is None or low <= value <= high and value < math.inf  # nan fails too
         require(fits, f"{f.name}={value} must be at least {low} and at most {high:,}")
     s.n_block = GPTConfig(2, **{name: getattr(s, name) for name in MODEL}).n_block  # or refused
-    return s, model, checkpoint
+    return s, model, checkpoint, saved
 
 
 def parse(argv):
@@ -266,13 +263,17 @@ def resumable(checkpoint, model, path):
     try:
         before, now = Settings(**checkpoint["settings"]), Progress(**checkpoint["progress"])
         for part, f in [(x, f) for x in (before, now) for f in fields(x)]:
-            require(isinstance(getattr(part, f.name), (f.type, type(f.default))), f"bad {f.name}")
+            value = getattr(part, f.name)
+            same = getattr(model.config, f.name, value) == value  # some are in both
+            require(same and type(value) in (f.type, type(f.default)), f"bad {f.name}")
         optimizer = make_optimizer(before, model, torch.device("cpu"))
         moments = checkpoint["moments"] = checkpoint["optimizer"]["state"]  # rates are the loop's
         optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
-        for p, state in optimizer.state.items():  # its moments must be shaped as p is
-            torch.stack([p, state["exp_avg"], state["exp_avg_sq"]]), float(state["step"])
-        "".join(now.log), float(now.losses), checkpoint["text"], sum(now.since)
+        for p in model.parameters() if now.step or optimizer.state else ():  # lie as p does
+            state = optimizer.state[p]
+            lie = {(x.shape, x.stride()) for x in (p, state["exp_avg"], state["exp_avg_sq"])}
+            require(len(lie) == 1 and float(state["step"]) > 0, "bad moments")
+        "".join(now.log).encode(), f"{now.losses:f}", checkpoint["text"], sum(map(float, now.since))
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"{path} cannot be resumed by this train.py: {error}") from None
     checkpoint["progress"] = now
@@ -281,12 +282,10 @@ def resumable(checkpoint, model, path):
 
 def make_optimizer(s, model, device):
     """AdamW, at rates that the loop sets. Matrices decay; vectors, queries and biases do not."""
-    groups = {True: [], False: []}
+    groups = [{"params": [], "weight_decay": decay} for decay in (s.weight_decay, 0.0)]
     for name, p in model.named_parameters():
-        groups[p.ndim >= 2 and name not in ("query", "detail_bias")].append(p)
-    groups = [{"params": groups[True]}, {"params": groups[False], "weight_decay": 0.0}]
-    how = {"betas": (0.9, 0.95), "weight_decay": s.weight_decay, "fused": device.type != "mps"}
-    return torch.optim.AdamW(groups, lr=0.0, **how)
+        groups[p.ndim < 2 or name in ("query", "detail_bias")]["params"].append(p)
+    return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), fused=device.type != "mps")
 
 
 def learning_rate(s, step):
@@ -348,7 +347,7 @@ def finite(x, what, step):
 def claim(out_dir, overwrite):
     """Make out_dir this run's own: of two that start together, one gets to create the log."""
     out_dir.mkdir(parents=True, exist_ok=True)
-    for name in ("best.pt", "ckpt.pt", "log.csv") if overwrite else ():
+    for name in FILES if overwrite else ():
         (out_dir / name).unlink(missing_ok=True)
     try:
         open(out_dir / "log.csv", "x").close()

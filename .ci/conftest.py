@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 import zipfile
+from dataclasses import fields
 from pathlib import Path
 from signal import SIGHUP, SIGINT, SIGTERM
 
@@ -28,6 +29,8 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from hypothesis import settings
+from hypothesis import strategies as st
 from torch.nn.parallel import DistributedDataParallel
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
@@ -49,6 +52,16 @@ ANYWHERE = f"{ANYWHERE} --batch_size 4 --eval_batches 2 --max_iters 4 --eval_int
 TINY, SMALL = [*ANYWHERE, "--device", "cpu"], ["--n_layer", "2", "--n_block", "1"]
 SAMPLE, RESUME = ["--out_dir", "run", "--n_chars", "5"], ["--out_dir", "run", "--resume"]
 FILES = {"best.pt", "ckpt.pt", "log.csv"}
+MEMORY = [torch.OutOfMemoryError("CUDA out of memory"), MemoryError("Unable to allocate 9 GiB")]
+MEMORY += [RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")]
+
+many = settings(max_examples=100, deadline=None, derandomize=True)
+odd_text = st.text("ab\r\n\ufeff\0🦊", max_size=60)
+some_bytes = st.one_of(st.binary(max_size=60), (st.text(max_size=60) | odd_text).map(str.encode))
+names = st.sampled_from([f"--{f.name}" for f in fields(train.Settings)])
+odd = st.sampled_from(["", "wav", "pydoc", "true", "False", "-", "--", "nan", "1e9", "9" * 5000])
+values = st.one_of(st.integers(-3, 300).map(str), st.floats().map(str), odd, st.text(max_size=8))
+command_lines = st.lists(st.one_of(names, values), max_size=8)
 
 # --------------------------------------------------------------------------------------------------
 # Helpers: a tiny run, what it says and leaves, a process of its own
@@ -180,6 +193,11 @@ def stretched(content):
     with torch.device("meta"):
         wide = GPT(GPTConfig(**content["config"])).state_dict()
     return {name: torch.zeros(1).expand(w.shape) for name, w in wide.items()}
+
+
+def stretched_moments(content):
+    """Of the right shape, but every element the same four bytes."""
+    return torch.zeros(1).expand(content["optimizer"]["state"][0]["exp_avg"].shape)
 
 
 def GONE(content):
