@@ -308,6 +308,7 @@ NOT_RESUMED = [
     *((f"settings {f.name}", []) for f in fields(train.Settings)),
     *((name, x) for name in ("progress", "optimizer", "text") for x in (None, "x", [], GONE)),
     *(("progress unknown", 1), ("settings beta1", 0.9), ("settings grad_accum", True)),
+    *(("progress since", (0, "x")), ("progress since", (0, torch.zeros(2)))),
     *(("settings n_layer", 6), ("config dropout", 0.5), ("progress log", ["\ud800"])),
     *((f"progress {name}", torch.zeros(n)) for name in ("losses", "since") for n in (1, 2)),
     *((f"optimizer state 0 {name}", stretched_moments) for name in ("exp_avg", "exp_avg_sq")),
