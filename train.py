@@ -78,14 +78,14 @@ class Progress:
     step: int = 0
     seconds: float = 0.0  # of training steps alone
     best: float = math.inf  # validation loss, in nats per character
-    since: tuple = (-1, 0.0)  # step and seconds of the last evaluation
+    evaluated: tuple = (-1, 0.0)  # step and seconds of the last evaluation; -1: none yet
     lr: float = 0.0  # of the last step
     losses: torch.Tensor = field(default_factory=lambda: torch.zeros(()))  # their sum since then
     log: list = field(default_factory=lambda: [LOG_HEADER])  # log.csv, row by row
 
 
 def main(argv=None):
-    s, model, checkpoint, saved = read_settings(argv)
+    s, model, checkpoint, ours = read_settings(argv)
     out_dir = Path(s.out_dir)
 
     # Device and processes. Under torchrun each process takes its share of every batch.
@@ -101,7 +101,7 @@ def main(argv=None):
         dist.barrier()
     try:
         train_ids, val_ids, chars = data.load(s.dataset, s.data_dir)
-    finally:  # what fails here fails there by itself, in a line
+    finally:  # after an error too: the others then meet it by themselves, and do not wait
         if world > 1 and local == 0:
             dist.barrier()
     sizes = f"{len(train_ids):,} characters to learn from, {len(val_ids):,} to validate"
@@ -132,7 +132,7 @@ def main(argv=None):
     if compiled:
         compile_parts(model)
     network = torch.nn.parallel.DistributedDataParallel(model) if world > 1 else model
-    network.broadcast_buffers = False  # they are constants
+    network.broadcast_buffers = False  # for DDP: they are constants
     try:
         rehearse(network, model, optimizer, val_ids, val_starts[:1], s, autocast)
     except Exception as error:
@@ -154,15 +154,15 @@ def main(argv=None):
         if rank == 0 and not checkpoint:
             claim(out_dir, s.overwrite)
         while True:
-            step, (evaluated, since) = now.step, now.since
+            step, (eval_step, then) = now.step, now.evaluated
             last = step >= s.max_iters or len(stop) > 0
-            due = step != evaluated and 0 in (step % s.eval_interval, step - s.max_iters)
+            due = step != eval_step and (step % s.eval_interval == 0 or step == s.max_iters)
             if due or last or time.perf_counter() - began > 0.5:
-                loss = finite(now.losses.to(device) / max(1, step - evaluated), "loss", step)
+                loss = finite(now.losses.to(device) / max(1, step - eval_step), "loss", step)
                 now.seconds += time.perf_counter() - began
-                speed = (step - max(0, evaluated)) * chars_per_step / max(1e-9, now.seconds - since)
+                speed = (step - max(0, eval_step)) * chars_per_step / max(1e-9, now.seconds - then)
                 bar.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} chars/s" if speed else "")
-                into = [ckpt] if due or last else []
+                files = [ckpt] if due or last else []
                 if due:
                     losses = torch.stack([loss, evaluate(model, val_ids, val_starts, s, autocast)])
                     if world > 1:
@@ -175,23 +175,23 @@ def main(argv=None):
                     say(f"step {step:,}: {line}")
                     now.log.append(f"{step},{row}\n")
                     if step and val < now.best:
-                        into, now.best = [out_dir / "best.pt", *into], val
-                    now.since, now.losses = (step, now.seconds), torch.zeros_like(now.losses)
-                if into and rank == 0:
-                    found = ckpt.stat().st_mtime_ns if ckpt.exists() else None
-                    require(found == saved, f"another run writes into {out_dir}: this one ends")
+                        files, now.best = [out_dir / "best.pt", *files], val
+                    now.evaluated, now.losses = (step, now.seconds), torch.zeros_like(now.losses)
+                if files and rank == 0:
+                    on_disk = ckpt.stat().st_mtime_ns if ckpt.exists() else None
+                    require(on_disk == ours, f"another run writes into {out_dir}: this one ends")
                     finite(sum(p.sum() for p in model.parameters()), "weights", step)
                     rest = {"settings": asdict(s), "text": text, "progress": vars(now)}
                     rest["optimizer"] = optimizer.state_dict()
-                    sample.save_checkpoint(into, model, chars, **rest)
+                    sample.save_checkpoint(files, model, chars, **rest)
                     sample.write_whole(out_dir / "log.csv", "".join(now.log).encode())
-                    saved = ckpt.stat().st_mtime_ns
+                    ours = ckpt.stat().st_mtime_ns
                 began = time.perf_counter()
             if last:
                 break
             for group in optimizer.param_groups:
                 group["lr"] = now.lr = learning_rate(s, step)
-            torch.manual_seed(hash((s.seed, step, rank)))  # dropout is that of the step
+            torch.manual_seed(hash((s.seed, step, rank)))  # a resumed step has the same dropout
             shape = (s.grad_accum, world, s.batch_size // world)
             starts = data.random_starts(train_ids, s.n_ctx, shape, s.seed, step)[:, rank]
             starts = data.to_device(starts, device)
@@ -202,7 +202,7 @@ def main(argv=None):
             now.step = step + 1
             bar.update()
     if world > 1:
-        del network  # first: as the last owner of the group it could wait for itself, forever
+        del network  # it holds the group too, and as its last holder could deadlock
         dist.destroy_process_group()
     if now.step < s.max_iters:
         say(f"stopped at step {now.step:,} and saved: the same command with --resume goes on")
@@ -218,15 +218,15 @@ def main(argv=None):
 
 
 def read_settings(argv):
-    """Command line over resumed run over defaults; that run's model, checkpoint and its time."""
-    given, model, checkpoint, saved = parse(argv), None, None, None
+    """Command line over resumed run over defaults; that run's model, checkpoint, and its time."""
+    given, model, checkpoint, ours = parse(argv), None, None, None
     s = Settings(**given)
     s.out_dir = s.out_dir or f"out/{Path(s.dataset).stem}-{s.residual}-{s.n_layer}x{s.n_embd}"
     path = Path(s.out_dir, "ckpt.pt")
     if s.resume:
         require(not s.overwrite, "--resume goes on with a run, --overwrite replaces it: give one")
         require(path.exists(), f"nothing to resume in {s.out_dir}: --overwrite starts a run")
-        saved = path.stat().st_mtime_ns
+        ours = path.stat().st_mtime_ns
         model, checkpoint = sample.load_checkpoint(path)
         before = resumable(checkpoint, model, path)
         for name in FIXED:
@@ -243,7 +243,7 @@ def read_settings(argv):
         fits = low is None or low <= value <= high and value < math.inf  # nan fails too
         require(fits, f"{f.name}={value} must be at least {low} and at most {high:,}")
     s.n_block = GPTConfig(2, **{name: getattr(s, name) for name in MODEL}).n_block  # or refused
-    return s, model, checkpoint, saved
+    return s, model, checkpoint, ours
 
 
 def parse(argv):
@@ -259,7 +259,7 @@ def parse(argv):
 
 
 def resumable(checkpoint, model, path):
-    """A checkpoint's settings (what it lacks has its default); its progress becomes a Progress."""
+    """A checkpoint's settings, the default for what it lacks; fills in its progress and moments."""
     try:
         before, now = Settings(**checkpoint["settings"]), Progress(**checkpoint["progress"])
         for part, f in [(x, f) for x in (before, now) for f in fields(x)]:
@@ -269,11 +269,12 @@ def resumable(checkpoint, model, path):
         optimizer = make_optimizer(before, model, torch.device("cpu"))
         moments = checkpoint["moments"] = checkpoint["optimizer"]["state"]  # rates are the loop's
         optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
-        for p in model.parameters() if now.step or optimizer.state else ():  # lie as p does
+        for p in model.parameters() if now.step or optimizer.state else ():
             state = optimizer.state[p]
-            lie = {(x.shape, x.stride()) for x in (p, state["exp_avg"], state["exp_avg_sq"])}
-            require(len(lie) == 1 and float(state["step"]) > 0, "bad moments")
-        "".join(now.log).encode(), f"{now.losses:f}", checkpoint["text"], sum(map(float, now.since))
+            shapes = {(x.shape, x.stride()) for x in (p, state["exp_avg"], state["exp_avg_sq"])}
+            require(len(shapes) == 1 and float(state["step"]) > 0, "bad moments")
+        _, _ = "".join(now.log).encode(), f"{now.losses:f}"  # these raise if they cannot
+        _, _ = checkpoint["text"], sum(map(float, now.evaluated))
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"{path} cannot be resumed by this train.py: {error}") from None
     checkpoint["progress"] = now
@@ -330,7 +331,7 @@ def rehearse(network, model, optimizer, ids, starts, s, autocast):
 def compile_parts(model):
     """torch.compile what repeats: sublayers and mixing. The loop over depth stays Python: 48 layers
     are never unrolled, and a fork's own route runs as it is."""
-    torch._dynamo.config.recompile_limit = 64  # attnres needs 8, which is torch's own
+    torch._dynamo.config.recompile_limit = 64  # attnres needs torch's own 8: leave room
     for name in ("mix", "merge", "offer_at_once"):
         setattr(wav, name, torch.compile(getattr(wav, name)))
     for sublayer in model.sublayers:
@@ -338,7 +339,7 @@ def compile_parts(model):
 
 
 def finite(x, what, step):
-    advice = "try a lower --learning_rate or a longer --warmup_iters; the last checkpoint is whole"
+    advice = "try a lower --learning_rate or a longer --warmup_iters; what is saved is whole"
     if not x.isfinite().all():
         raise FloatingPointError(f"{what} not finite at step {step:,}: {advice}")
     return x
@@ -358,22 +359,22 @@ def claim(out_dir, overwrite):
 @contextlib.contextmanager
 def stop_signals(world):
     """Inside, the first signal that asks to stop goes into a list, the second ends the process."""
-    asked, before = [], {}
+    asked, taken = [], []
 
     def ask(number, frame):
         asked.append(number)
-        for n in before:
+        for n in taken:
             signal.signal(n, signal.SIG_DFL)
         with contextlib.suppress(OSError):
             os.write(2, b"\nstopping after this step; again to stop now\n")
 
-    for name in ("SIGINT", "SIGTERM", "SIGHUP") if world == 1 else ():
-        number = getattr(signal, name, None)  # Windows has no SIGHUP, and nohup ignores it
-        if number and signal.getsignal(number) is not signal.SIG_IGN:
-            before[number] = signal.signal(number, ask)
-    yield asked
-    for number, handler in before.items():
-        signal.signal(number, handler)
+    with contextlib.ExitStack() as undo:
+        for name in ("SIGINT", "SIGTERM", "SIGHUP") if world == 1 else ():  # torchrun ends its own
+            number = getattr(signal, name, None)  # Windows has no SIGHUP, and nohup ignores it
+            if number and signal.getsignal(number) is not signal.SIG_IGN:
+                taken.append(number)
+                undo.callback(signal.signal, number, signal.signal(number, ask))
+        yield asked
 
 
 def say(line):

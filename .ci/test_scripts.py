@@ -197,7 +197,7 @@ def test_a_stopped_and_resumed_run_is_the_unbroken_run_to_the_bit(home, residual
         for checkpoint in (whole, broken):  # their folder, the clock and its figures may differ
             progress, _ = checkpoint["progress"], checkpoint.pop("settings")
             del progress["seconds"]
-            assert progress.pop("since")[0] == 12
+            assert progress.pop("evaluated")[0] == 12
             rows = [row.split(",")[:4] for row in progress.pop("log")]
             assert [row[0] for row in rows] == ["step", "0", "4", "8", "12"]
             checkpoint["rest"] = [rows, *(checkpoint.pop(n) for n in ("config", "chars", "text"))]
@@ -308,9 +308,9 @@ NOT_RESUMED = [
     *((f"settings {f.name}", []) for f in fields(train.Settings)),
     *((name, x) for name in ("progress", "optimizer", "text") for x in (None, "x", [], GONE)),
     *(("progress unknown", 1), ("settings beta1", 0.9), ("settings grad_accum", True)),
-    *(("progress since", (0, "x")), ("progress since", (0, torch.zeros(2)))),
+    *(("progress evaluated", (0, "x")), ("progress evaluated", (0, torch.zeros(2)))),
     *(("settings n_layer", 6), ("config dropout", 0.5), ("progress log", ["\ud800"])),
-    *((f"progress {name}", torch.zeros(n)) for name in ("losses", "since") for n in (1, 2)),
+    *((f"progress {name}", torch.zeros(n)) for name in ("losses", "evaluated") for n in (1, 2)),
     *((f"optimizer state 0 {name}", stretched_moments) for name in ("exp_avg", "exp_avg_sq")),
     *(("optimizer state", x) for x in (None, "x", [1], {}, GONE)),
     *(("optimizer state 0", x) for x in (None, {"step": None, "exp_avg": "x"}, {"a": 1})),
