@@ -7,7 +7,7 @@ the token embedding x_0 plus every update so far, each with weight 1:
 
     standard        h_l = x_0 + u_1 + ... + u_{l-1}                                            (1)
 
-At layer 40 that is a sum of eighty terms, and no sublayer can pick one of them out again.
+At layer 40 that is a sum of eighty terms, and no sublayer can weigh one of them alone.
 *Attention Residuals* let it. Each sublayer mixes *sources* s by a softmax: attention over depth
 instead of time, with one learned query q_l for each sublayer and a last one for the output:
 
@@ -53,11 +53,11 @@ KINDS = {  # a variant is a line: what a completed block offers to all later sub
 }
 RESIDUALS = ("standard", *KINDS)
 
-# A kind is a line: the sign of sublayer j of the S in a block; S is even, and so is attention's j.
-# Details are zero-sum: what all updates share is in the sum already, so a detail says only where in
-# the block they differ. In blocks of an even number of layers the three are orthogonal, too.
+# A kind is a line: the sign of sublayer j = 0 ... S-1 of a block. Even j is attention, odd j MLP.
+# The signs of a detail add up to 0: what all updates share is in the sum already, so a detail says
+# only where they differ. In blocks of an even number of layers the three are orthogonal, too.
 SIGNS = {
-    "sum": lambda j, S: +1,  # what the block adds to the stream
+    "sum": lambda j, S: +1,  # what the block adds to the stream: without it the start differs
     "phase": lambda j, S: +1 if j % 2 == 0 else -1,  # attention minus MLP
     "split": lambda j, S: +1 if j < S // 2 else -1,  # first half minus second half
 }
@@ -91,7 +91,7 @@ class GPTConfig:
         least = len(kinds)  # fewer sublayers would make linearly dependent sources
         fits = [n for n in range(1, L + 1) if L % n == 0 and 2 * L // n >= least]
         if self.n_block is None:
-            # Blocks of at least two layers, of an even number if L is even; then nearest to 8.
+            # Blocks of two layers or more, of an even number if L is even; nearest to 8 in ratio.
             good = [n for n in fits if n < L and L // n % 2 == L % 2]
             self.n_block = min(good or [1], key=lambda n: abs(math.log(n / 8)))
         what = f"n_block={self.n_block!r} must cut n_layer={L} into equal blocks of {least} or more"
@@ -180,7 +180,7 @@ class MLP(nn.Module):
 
 
 def offer(kinds, updates, S, block):
-    """A block of S sublayers, its updates (B, T, D) so far: {(kind, block): source (B, T, D)}."""
+    """What a block of S sublayers offers after these updates: {(kind, block): source (B, T, D)}."""
     total, sources = sum(updates), {}
     for kind in kinds:
         source = sum(SIGNS[kind](j, S) * u for j, u in enumerate(updates))  # (B, T, D)         (5)
@@ -194,7 +194,7 @@ def offer(kinds, updates, S, block):
 
 class GPT(nn.Module):
     """A decoder-only Transformer with a choice of residual variant. Forks can rely on embed, head,
-    sublayers (2L modules of their input h), query (2L+1, D) and detail_bias (2L+1, details)."""
+    sublayers (2L modules, input h to update), query (2L+1, D) and detail_bias (2L+1, details)."""
 
     def __init__(self, config):
         super().__init__()
@@ -300,7 +300,7 @@ class GPT(nn.Module):
                 window = new = window[:, -max(1, n_ctx // 2) :]
                 cache = {}
             logits = self(new, cache=cache)[0][:, -1].float()  # (B, V)
-            # Brought below 0 first: divided by a tiny temperature, they become no inf - inf.
+            # Shift the maximum to 0 first: a tiny temperature then makes -inf, but no inf - inf.
             logits = (logits - logits.amax(-1, keepdim=True)) / max(temperature, 1e-30)
             if top_k is not None:
                 least = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
@@ -362,8 +362,8 @@ def route(self, x, cache=None):
     if torch.is_autocast_enabled(x.device.type):  # bf16 sources; norms and softmax in fp32
         x = x.to(torch.get_autocast_dtype(x.device.type))
     n_sublayer, n_block, details = len(self.sublayers), self.config.n_block, self.details
-    stretch = n_sublayer // n_block  # a block; for attnres only sublayers to take at once
-    bias = self.bias(slice(None), ["x0", *self.kinds * n_block]) if details else None  # (2L+1, N)
+    stretch = n_sublayer // n_block  # sublayers routed at once: a block (attnres: any number does)
+    bias = self.bias(slice(None), ["x0", *(self.kinds * n_block)]) if details else None  # (2L+1, N)
     sources, inv_rms = x[None], rms(x)[None].reciprocal()  # completed: x_0, then K of each block
     for first in range(0, n_sublayer + 1, stretch):
         now = slice(first, first + stretch)  # the block's queries; at last the output's alone
@@ -386,15 +386,15 @@ def route(self, x, cache=None):
         sources, inv_rms = torch.cat([sources, new[0]]), torch.cat([inv_rms, new[1]])
 
 
-GPT.route = route  # a fork that edits route_plain takes this line out, and runs what it wrote
+GPT.route = route  # a fork that edits route_plain takes this line out, or runs what it did not edit
 
 
 def main():
-    """The lesson in small, in float64; the last column compares values and gradients together."""
+    """The lesson in small, in float64: the start, details off; far from it, values and gradients."""
     print("a block of two layers:   attention      MLP  attention      MLP")
     for kind, sign in SIGNS.items():
         print(f"  {kind:20}" + "".join(f"{sign(j, 4):+10g}" for j in range(4)))
-    print("12 layers, details off: parameters    start vs standard     fast vs plain")
+    print("12 layers:              parameters    start vs standard     fast vs plain")
     idx, starts = torch.arange(32).view(2, 16), []
     for residual in RESIDUALS:
         torch.manual_seed(1)
