@@ -390,7 +390,7 @@ GPT.route = route  # a fork that edits route_plain takes this line out, or runs 
 
 
 def main():
-    """The lesson in small, in float64: the start, details off; far from it, values and gradients."""
+    """The lesson, in float64: the start, details off; far from it, values and gradients."""
     print("a block of two layers:   attention      MLP  attention      MLP")
     for kind, sign in SIGNS.items():
         print(f"  {kind:20}" + "".join(f"{sign(j, 4):+10g}" for j in range(4)))
