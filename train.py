@@ -346,7 +346,7 @@ def finite(x, what, step):
 
 
 def claim(out_dir, overwrite):
-    """Make out_dir this run's own: of two that start together, one gets to create the log."""
+    """Make out_dir this run's: of two that start together, one creates the log (or saves first)."""
     out_dir.mkdir(parents=True, exist_ok=True)
     for name in FILES if overwrite else ():
         (out_dir / name).unlink(missing_ok=True)
