@@ -1,13 +1,12 @@
 """
-The claims of the method, one test each, and of what surrounds it in wav.py and data.py.
+The claims of the method, one test each, and of what surrounds it in wav.py.
 
 Every form of the model is held against `literal`, which writes the equations down term by term, in
-float64. Most tests run for each entry of wav.KINDS. (Those of the scripts: .ci/test_scripts.py.)
+float64. Most tests run for each entry of wav.KINDS. Those of the scripts: .ci/test_scripts.py.
 """
 
 import math
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -15,7 +14,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._dynamo.testing import CompileCounter
 
-import data
 import train
 import wav
 from wav import GPT, KINDS, RESIDUALS, SIGNS, GPTConfig
@@ -129,6 +127,10 @@ def test_fast_and_plain_equal_the_literal_in_values_and_gradients(residual, n_la
         assert_same(values_and_gradients(model, model(idx)[0], idx), expected)
 
 
+def test_what_runs_is_the_fast_form():
+    assert GPT.route is wav.route
+
+
 @pytest.mark.parametrize(
     "kinds", [("sum", "split"), ("phase", "sum"), ("split",), ("sum", "phase", "split", "twist")]
 )
@@ -166,7 +168,8 @@ def test_the_norm_does_not_see_scale_down_to_the_size_of_a_mean_over_97_sources(
 
 def test_wav_with_its_details_switched_off_is_block_attnres():
     block, whole = make("block_attnres"), make("wav")
-    whole.load_state_dict({**block.state_dict(), "detail_bias": torch.full((13, 2), -1e4)})
+    off = {"detail_bias": torch.full_like(whole.detail_bias, -1e4)}
+    whole.load_state_dict({**block.state_dict(), **off})
     torch.testing.assert_close(whole(some_ids())[0], block(some_ids())[0], rtol=1e-12, atol=1e-12)
 
 
@@ -312,25 +315,25 @@ def test_shapes_and_the_names_that_a_fork_relies_on(residual):
     assert len(model.sublayers) == 12
     assert all(sublayer(noise(2, 5, 12)).shape == (2, 5, 12) for sublayer in model.sublayers)
     if residual != "standard":
-        assert model.query.shape == (13, 12) and GPT.route is wav.route
+        assert model.query.shape == (13, 12)
     if residual == "wav":
-        assert model.detail_bias.shape == (13, 2)
+        assert model.detail_bias.shape == (13, len(KINDS["wav"]) - 1)
 
 
 @pytest.mark.parametrize("form", ["route", "route_plain"])
 @routed
 def test_under_autocast_statistics_are_fp32_and_the_logits_stay_close(monkeypatch, residual, form):
-    model, idx = make(residual, torch.float32), some_ids()
+    model, idx = make(residual, torch.float32, trained=False), some_ids()
+    model.query.data.normal_()
     exact, seen, mix = model(idx)[0], [], wav.mix
     monkeypatch.setattr(wav, "mix", lambda *args: seen.append(mix(*args)) or seen[-1])
     model.route = getattr(model, form)
     with torch.autocast("cpu", torch.bfloat16):
         logits, loss = model(idx, idx)
-    assert loss.dtype == torch.float32 and len(seen) == (0 if form == "route_plain" else len(seen))
-    for mixtures, lses in seen:
-        assert {m.dtype for m in mixtures} == {torch.bfloat16}
-        assert {lse.dtype for lse in lses} == {torch.float32}
-    assert (logits - exact).std() < 0.1 * exact.std()
+    assert loss.dtype == torch.float32 and not (seen and form == "route_plain")
+    for parts in seen:  # mixtures and log-sum-exps
+        assert [{x.dtype for x in part} for part in parts] == [{torch.bfloat16}, {torch.float32}]
+    assert (logits - exact).std() < 0.03 * exact.std()
 
 
 @pytest.mark.parametrize("residual, form", [*((r, "route") for r in RESIDUALS), ("wav", "plain")])
@@ -366,7 +369,7 @@ def test_the_lesson_names_the_line_to_take_out_where_fast_and_plain_differ(monke
     wav.main()
     out = capsys.readouterr().out
     assert "split                       +1        +1        -1        -1" in out
-    assert [line.split()[0] for line in out.splitlines()[-4:]] == [*RESIDUALS]
+    assert [line.split()[0] for line in out.splitlines()[-len(RESIDUALS) :]] == [*RESIDUALS]
     assert "GPT.route" not in out
     monkeypatch.setattr(GPT, "route_plain", lambda self, x, cache=None, weights=None: x)
     wav.main()
@@ -477,74 +480,3 @@ def test_any_config_works_or_is_refused_in_one_line(wanted):
     if config.n_layer <= 12 and max(config.n_embd, config.vocab_size, config.n_ctx) <= 128:
         logits, loss = GPT(config)(torch.zeros(2, 1).long(), torch.zeros(2, 1).long())
         assert logits.shape == (2, 1, config.vocab_size) and loss.isfinite()
-
-
-# --------------------------------------------------------------------------------------------------
-# Data
-
-
-def decoded(ids, chars):
-    return "".join(chars[i] for i in ids)
-
-
-TEXTS = (
-    "ab" * 50,
-    "naïve café 🦊👩‍👩‍👧 e\u0301 \u0928\u093f " * 20,
-    *("".join(map(chr, range(100, 100 + n))) * 10 for n in (256, 257, 50000)),
-    "\u2028\x85\x0c\x1c odd line ends " * 10,
-    "\ufeff" + "a byte-order mark\r\nand Windows' line ends 🦊\r\n" * 20,
-)
-
-
-@pytest.mark.parametrize("text", TEXTS, ids=lambda text: ascii(text)[:20])
-def test_ids_of_the_smallest_type_go_back_to_the_text(tmp_path, text):
-    path = tmp_path / "a.txt"
-    path.write_bytes(text.encode())
-    train_ids, val_ids, chars = data.load(str(path))
-    text = text.removeprefix("\ufeff").replace("\r\n", "\n")
-    n = len(text) * 9 // 10
-    assert decoded(train_ids, chars) == text[:n]
-    assert decoded(val_ids, chars) == text[n:], "the last tenth is the validation text"
-    assert chars == sorted(set(text[:n]))
-    smallest = np.uint8 if len(chars) <= 256 else np.uint16
-    assert train_ids.dtype == val_ids.dtype == smallest
-
-
-def test_a_validation_file_is_used_but_for_characters_that_the_text_lacks(tmp_path, capsys):
-    (tmp_path / "tale.md").write_text("abcd" * 30)
-    (tmp_path / "tale_valid.md").write_text("a🦊bb\nc🦊")
-    (tmp_path / "tale_valid.txt").write_text("no")
-    train_ids, val_ids, chars = data.load(str(tmp_path / "tale.md"))
-    assert decoded(train_ids, chars) == "abcd" * 30 and decoded(val_ids, chars) == "abbc"
-    (said,) = capsys.readouterr().err.splitlines()
-    assert "dropped 3 of 7 characters" in said and "'🦊'" in said and r"'\n'" in said
-
-
-def test_pydoc_is_split_by_pieces_and_always_in_the_same_way(tmp_path):
-    from pydoc_data.topics import topics
-
-    whole = "\n\n".join(topics[name] for name in sorted(topics))
-    pieces = [whole[i : i + 4000] for i in range(0, len(whole), 4000)]
-    val_text = "".join(pieces[9::10])
-    del pieces[9::10]
-    assert data.pydoc(tmp_path) == ("".join(pieces), val_text) == data.pydoc(tmp_path)
-
-
-def test_batches_depend_on_seed_and_step_alone():
-    ids, all_starts = np.arange(1000), []
-    for seed, step in ((1, 5), (1, 6), (2, 5)):
-        starts = data.random_starts(ids, 16, (2, 4), seed, step)
-        np.random.seed(3)
-        assert np.array_equal(starts, data.random_starts(ids, 16, (2, 4), seed, step))
-        assert not any(np.array_equal(starts, other) for other in all_starts)
-        all_starts.append(starts)
-    starts = data.random_starts(ids[:18], 16, 1000, seed=1, step=1)
-    assert set(starts) == {0, 1}, "every window that fits can be drawn, and no other"
-
-
-def test_targets_are_the_inputs_one_character_later():
-    cpu = torch.device("cpu")
-    ids = data.to_device(np.arange(50, dtype=np.uint16), cpu)
-    x, y = data.windows(ids, 16, data.to_device(data.even_starts(ids, 16, (5,)), cpu))
-    assert x.shape == y.shape == (5, 16) and torch.equal(x + 1, y)
-    assert x[0, 0] == 0 and y[-1, -1] == 49
