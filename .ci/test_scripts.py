@@ -495,8 +495,8 @@ def test_the_map_has_a_row_for_each_reader(home, residual, n_layer, n_block):
     title, line, *rows = means.splitlines()
     kinds = ["x0", *["running"] * (residual != "attnres"), *KINDS[residual]]
     assert "mean ± deviation" in title and line.split() == kinds
-    figures = [len(re.findall(r"[\d.]+ ±[ \d]+\.\d \([ \d]+\.\d\)", row)) for row in rows]
-    assert figures == [len(kinds)] * len(rows)
+    figures = [re.findall(r"([\d.]+) ±[ \d]+\.\d \([ \d]+\.\d\)", row) for row in rows]
+    assert all(len(row) == len(kinds) and abs(sum(map(float, row)) - 100) < 1 for row in figures)
 
 
 def test_text_and_map_are_utf8_whatever_the_encoding_and_head_ends_it_quietly(home):
@@ -656,6 +656,7 @@ def test_a_run_says_what_it_does_line_by_line_and_lowers_the_loss(home, tty):
     ]
     best = re.fullmatch("\n".join([*lines, r".{2}\n"]), out, re.DOTALL)[1]
     assert ("40/40" in error and "chars/s" in error) if tty else error == ""
+    assert f": {sum(w.numel() for w in read()['model'].values()):,} parameters" in out
     losses = [float(row[2]) for row in log_rows()]
     assert losses == sorted(losses, reverse=True) and losses[0] < math.log(28) + 0.1
     assert float(best) == pytest.approx(losses[-1], abs=1e-4) and files_in("run").keys() == FILES
