@@ -34,7 +34,7 @@ def save_checkpoint(paths, model, chars, **rest):
 
 def write_whole(path, content):
     """Write bytes under a temporary name, flush them to disk and move them into place."""
-    part = path.with_name(path.name + ".part")
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         with open(part, "wb") as file:
             file.write(content)
@@ -61,18 +61,17 @@ def load_checkpoint(path, device="cpu"):
         weights, chars = checkpoint["model"], checkpoint["chars"]
         vocabulary = len(chars) == config.vocab_size and sorted(set(chars)) == list(chars)
         require(vocabulary, f"{len(chars)} characters for a vocabulary of {config.vocab_size}")
-        n_layer = sum(name.endswith("proj.weight") for name in weights)
-        require(n_layer == config.n_layer, f"it has {n_layer} layers of {config.n_layer}")
+        require(len(weights) >= config.n_layer, f"{len(weights)} tensors, {config.n_layer} layers")
         with torch.device("meta"):
             claimed = {name: w.shape for name, w in GPT(config).state_dict().items()}
         shapes = {name: w.shape for name, w in weights.items()}
-        require(shapes == claimed, "its tensors are not of the shapes that its config claims")
+        require(shapes == claimed, "its tensors are not those that this wav.py makes of it")
         require(all(w.is_contiguous() for w in weights.values()), "its tensors are stretched")
-    except OSError:
-        raise
     except pickle.UnpicklingError:
         raise ValueError(f"{path} is refused: it holds more than tensors and values") from None
-    except Exception as error:  # noqa: BLE001 (a damaged file fails in many ways)
+    except Exception as error:  # a damaged file fails in many ways
+        if isinstance(error, OSError) or out_of_memory(error):
+            raise
         reason = f"{type(error).__name__}: {error}".split("\n")[0]
         raise ValueError(f"{path} is not a whole checkpoint of train.py: {reason}") from None
     model = GPT(config).to(device)
@@ -206,7 +205,8 @@ def run(main, argv=None):
         status = 128 + signal.SIGINT
     except Exception as error:
         hint = "out of memory, make batch_size or the model smaller: " * out_of_memory(error)
-        hint = hint or "another process ended: " * ("by peer" in str(error))  # as gloo says it
+        if isinstance(error, RuntimeError) and "by peer" in str(error):  # as gloo says it
+            hint = "another process ended: "
         if not hint and not isinstance(error, (ValueError, OSError, FloatingPointError)):
             raise
         status, message = 2, f"{hint}{error}"

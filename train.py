@@ -51,13 +51,13 @@ class Settings:  # the defaults train on two CPU cores in about five minutes
     dropout: float = flag(0.0, "dropout probability")
     batch_size: int = flag(16, "windows of n_ctx characters, over all processes", 1, 10**6)
     grad_accum: int = flag(1, "batches in a step", 1, 10**6)
-    max_iters: int = flag(800, "steps", 1)
+    max_iters: int = flag(800, "steps", 1, 10**9)
     learning_rate: float = flag(3e-3, "peak learning rate", 0, 1000)
     min_lr: float = flag(3e-4, "learning rate at the end of the cosine", 0, 1000)
-    warmup_iters: int = flag(50, "steps of linear warm-up", 0)
+    warmup_iters: int = flag(50, "steps of linear warm-up", 0, 10**9)
     weight_decay: float = flag(0.1, "of matrices; vectors, queries and biases have none", 0, 1000)
     grad_clip: float = flag(1.0, "largest gradient norm; 0 for no clipping", 0)
-    eval_interval: int = flag(100, "steps between evaluations, which also save", 1)
+    eval_interval: int = flag(100, "steps between evaluations, which also save", 1, 10**9)
     eval_batches: int = flag(20, "batches in an evaluation", 1, 10**6)
     seed: int = flag(1, "of initialisation, batches and dropout", 0, 2**63 - 1)
     device: str = flag("auto", "auto, cpu, mps, cuda or cuda:N")
@@ -178,14 +178,14 @@ def main(argv=None):
                         files, now.best = [out_dir / "best.pt", *files], val
                     now.evaluated, now.losses = (step, now.seconds), torch.zeros_like(now.losses)
                 if files and rank == 0:
-                    on_disk = ckpt.stat().st_mtime_ns if ckpt.exists() else None
+                    on_disk = ckpt.read_bytes()[-999:] if ckpt.exists() else ours  # its checksums
                     require(on_disk == ours, f"another run writes into {out_dir}: this one ends")
                     finite(sum(p.sum() for p in model.parameters()), "weights", step)
                     rest = {"settings": asdict(s), "text": text, "progress": vars(now)}
                     rest["optimizer"] = optimizer.state_dict()
                     sample.save_checkpoint(files, model, chars, **rest)
                     sample.write_whole(out_dir / "log.csv", "".join(now.log).encode())
-                    ours = ckpt.stat().st_mtime_ns
+                    ours = ckpt.read_bytes()[-999:]
                 began = time.perf_counter()
             if last:
                 break
@@ -218,15 +218,15 @@ def main(argv=None):
 
 
 def read_settings(argv):
-    """Command line over resumed run over defaults; that run's model, checkpoint, and its time."""
+    """Command line over resumed run over defaults; that run's model, checkpoint, and its end."""
     given, model, checkpoint, ours = parse(argv), None, None, None
     s = Settings(**given)
     s.out_dir = s.out_dir or f"out/{Path(s.dataset).stem}-{s.residual}-{s.n_layer}x{s.n_embd}"
     path = Path(s.out_dir, "ckpt.pt")
     if s.resume:
         require(not s.overwrite, "--resume goes on with a run, --overwrite replaces it: give one")
-        require(path.exists(), f"nothing to resume in {s.out_dir}: --overwrite starts a run")
-        ours = path.stat().st_mtime_ns
+        require(path.exists(), f"no ckpt.pt to resume in {s.out_dir}: --overwrite starts a run")
+        ours = path.read_bytes()[-999:]
         model, checkpoint = sample.load_checkpoint(path)
         before = resumable(checkpoint, model, path)
         for name in FIXED:
@@ -269,8 +269,8 @@ def resumable(checkpoint, model, path):
         optimizer = make_optimizer(before, model, torch.device("cpu"))
         moments = checkpoint["moments"] = checkpoint["optimizer"]["state"]  # rates are the loop's
         optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
-        for p in model.parameters() if now.step or optimizer.state else ():
-            state = optimizer.state[p]
+        require(bool(optimizer.state) == (now.step > 0), "bad moments")
+        for p, state in optimizer.state.items():  # a parameter without gradient has none
             shapes = {(x.shape, x.stride()) for x in (p, state["exp_avg"], state["exp_avg_sq"])}
             require(len(shapes) == 1 and float(state["step"]) > 0, "bad moments")
         _, _ = "".join(now.log).encode(), f"{now.losses:f}"  # these raise if they cannot
