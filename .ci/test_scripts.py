@@ -627,8 +627,7 @@ def test_pydoc_is_split_by_pieces_and_always_in_the_same_way():
 def test_batches_are_windows_drawn_by_seed_and_step_alone_and_targets_one_later():
     ids, seen = np.arange(1000, dtype=np.uint16), set()
     for seed, step in ((1, 5), (1, 6), (2, 5), (1, 5)):
-        np.random.seed(len(seen))
-        torch.manual_seed(len(seen))
+        _ = np.random.seed(len(seen)), torch.manual_seed(len(seen))
         seen.add(data.random_starts(ids, 16, (2, 3, 4), seed, step).tobytes())
     assert len(seen) == 3
     starts = data.random_starts(ids[:18], 16, 1000, seed=1, step=1)
@@ -698,11 +697,9 @@ def test_peak_memory_is_in_megabytes_and_help_spells_the_choices(monkeypatch, ca
 
 
 def test_a_fork_with_a_variant_and_unused_weights_trains_resumes_and_shows_its_map(home):
-    code = "import sys, torch, wav; init, more = wav.GPT.__init__, torch.nn.Linear(2, 2)\n"
-    code += (
-        "wav.GPT.__init__ = lambda gpt, config: init(gpt, config) or gpt.add_module('proj', more)"
-    )
-    code += "\nwav.KINDS['sum_split'] = 'sum', 'split'; wav.RESIDUALS += ('sum_split',)\n"
+    code = "import sys, torch, wav; wav.KINDS['sum_split'] = 'sum', 'split'\n"
+    code += "wav.RESIDUALS += ('sum_split',); old, new = wav.GPT.__init__, torch.nn.Linear(2, 2)\n"
+    code += "wav.GPT.__init__ = lambda m, config: old(m, config) or m.add_module('proj', new)\n"
     code += "import sample, train; assert sample.run(train.main) == 0\n"
     code += "assert sample.run(train.main, [*sys.argv[1:-1], '2', '--resume']) == 0\n"
     code += "assert [sample.run(sample.main, argv) for argv in ([], ['--routing'])] == [0, 0]"
