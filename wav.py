@@ -11,7 +11,8 @@ For the attention of layer 40 that is a sum of 79 terms, and it cannot weigh one
 *Attention Residuals* let it. Each sublayer mixes *sources* s by a softmax: attention over depth
 instead of time. Its query q_l is learned, one vector for each sublayer and one for the output:
 
-    h_l = sum over s of a_s s,    a = softmax over s of ( q_l . RMSNorm(s) + c_{l,kind(s)} )    (2)
+    h_l = sum over s of a_s s,
+    a   = softmax over s of ( q_l . RMSNorm(s) + c_{l,kind(s)} )                        (2)
 
 The routed variants differ only in their sources:
 
@@ -210,12 +211,13 @@ class GPT(nn.Module):
         self.kinds = KINDS.get(config.residual, ())
         self.details = [kind for kind in self.kinds if kind != "sum"]
 
-        # A block is so many sublayers, and the last one may be shorter. In attnres each sublayer
-        # is a block; n_block only says how many of them the fast form treats at once.
+        # The layers are cut into blocks of one size; where the last is shorter, it never completes
+        # and the output reads its running sum. In attnres each sublayer is a block, and n_block
+        # only says how many of them the fast form treats at once.
         self.chunk = 2 * math.ceil(config.n_layer / config.n_block)
         self.block_size = 1 if config.residual == "attnres" else self.chunk  # S
 
-        with torch.random.fork_rng(devices=()):  # what a layer draws at first does not count
+        with torch.random.fork_rng(devices=()):  # init_weights draws as if nothing had been drawn
             self.embed = nn.Embedding(config.vocab_size, config.n_embd)
             self.sublayers = nn.ModuleList()
             for _ in range(config.n_layer):
@@ -311,7 +313,8 @@ class GPT(nn.Module):
         plain = self.route_plain(x, weights=rows)
         apart = (self.route(x) - plain).norm() / plain.norm()
         self.train(training)
-        require(apart < 1e-3, f"GPT.route is {apart:.0e} off route_plain, which it should equal")
+        cure = "edit route_fast too, or let GPT.route call self.route_plain"
+        require(apart < 1e-3, f"GPT.route is {apart:.0e} off route_plain: {cure}")
         sources = dict.fromkeys(source for row in rows for source in row)
         absent = torch.zeros_like(rows[0]["x0", ""])
         weights = [torch.stack([row.get(source, absent) for source in sources]) for row in rows]
@@ -509,7 +512,7 @@ def main():
             line += f"{apart:20.0e}"
             if apart > 1e-9:
                 wrong.append(
-                    f"{residual}: GPT.route is not route_plain. Was only one of them edited?"
+                    f"{residual}: GPT.route and route_plain differ. Was one of them edited?"
                 )
                 wrong.append("  Edit route_fast too, or let GPT.route call self.route_plain.")
         print(line)
