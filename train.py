@@ -1,331 +1,449 @@
 """
-Train a model on text, character by character.
+Train a model on text.
 
-    python train.py                                            # the documentation of Python
+    python train.py                                            # Python's own help texts
     python train.py --dataset stories.txt --residual standard  # your own text, another variant
     python train.py --resume                                   # go on where a run stopped
     torchrun --nproc_per_node=4 train.py --batch_size 64       # four GPUs
+
+A run is kept in a folder, out/DATASET-RESIDUAL-LAYERSxWIDTH unless --out_dir names another:
+
+    ckpt.pt     the last state, where --resume goes on
+    best.pt     the state with the lowest validation loss, which sample.py takes
+    log.csv     a row for each evaluation
 """
 
 import argparse
 import contextlib
+import csv
 import hashlib
+import importlib.util
 import math
 import os
 import signal
 import sys
+import threading
 import time
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import data
-import sample
 import wav
-from wav import GPT, RESIDUALS, GPTConfig, require
+from data import TOKEN
+from wav import GPT, RESIDUALS, GPTConfig, Refused, require
 
-FILES = ("best.pt", "ckpt.pt", "log.csv")
-LOG_HEADER = "step,train_loss,val_loss,learning_rate,chars_per_second,seconds\n"
-HELD = "{} holds a run: --resume goes on with it, --out_dir starts another, --overwrite replaces it"
-
-
-def flag(default, help, low=None, high=math.inf, choices=None):
-    return field(default=default, metadata={"help": help, "span": (low, high), "choices": choices})
+# What --resume cannot change: the model, and what its batches and its evaluations are made of.
+MODEL = ["n_ctx", "n_layer", "n_head", "n_embd", "n_block", "residual", "detail_bias", "dropout"]
+FIXED = [*MODEL, "batch_size", "grad_accum", "eval_windows", "seed"]
 
 
-@dataclass
-class Settings:  # the defaults train on two CPU cores in about five minutes
-    dataset: str = flag("pydoc", "pydoc, tinystories, text8 or the path of a text file")
-    data_dir: str = flag("data", "where downloads are kept")
-    out_dir: str = flag("", "where the run is kept (default: out/DATASET-RESIDUAL-LAYERSxWIDTH)")
-    residual: str = flag("wav", "what a sublayer reads", choices=RESIDUALS)
-    n_layer: int = flag(12, "layers; each is two sublayers, attention and MLP")
-    n_head: int = flag(4, "attention heads")
-    n_embd: int = flag(128, "width of the residual stream")
-    n_ctx: int = flag(128, "context, in characters")
-    n_block: int = flag(None, "blocks that the layers are cut into (default: about 8)")
-    detail_bias: float = flag(-2.0, "where the logit bias of wav's details starts")
-    dropout: float = flag(0.0, "dropout probability")
-    batch_size: int = flag(16, "windows of n_ctx characters, over all processes", 1, 10**6)
-    grad_accum: int = flag(1, "batches in a step", 1, 10**6)
-    max_iters: int = flag(800, "steps", 1, 10**9)
-    learning_rate: float = flag(3e-3, "peak learning rate", 0, 1000)
-    min_lr: float = flag(3e-4, "learning rate at the end of the cosine", 0, 1000)
-    warmup_iters: int = flag(50, "steps of linear warm-up", 0, 10**9)
-    weight_decay: float = flag(0.1, "of matrices; vectors, queries and biases have none", 0, 1000)
-    grad_clip: float = flag(1.0, "largest gradient norm; 0 for no clipping", 0)
-    eval_interval: int = flag(100, "steps between evaluations, which also save", 1, 10**9)
-    eval_batches: int = flag(20, "batches in an evaluation", 1, 10**6)
-    seed: int = flag(1, "of initialisation, batches and dropout", 0, 2**63 - 1)
-    device: str = flag("auto", "auto, cpu, mps, cuda or cuda:N")
-    dtype: str = flag("auto", "auto is bf16 where native", choices=("auto", "float32", "bfloat16"))
-    compile: bool = flag(None, "torch.compile (default: on CUDA)")
-    resume: bool = flag(False, "go on from out_dir's last checkpoint")
-    overwrite: bool = flag(False, "replace the run in out_dir")
+def make_parser():
+    """The settings. Their defaults train on two CPU cores in about five minutes."""
+    parser = Parser(
+        description="Train a model on text.",
+        usage="python train.py [--SETTING VALUE ...]",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    # The run
+    add("--dataset", default="pydoc", help="pydoc, tinystories, text8 or the path of a text file")
+    add("--data_dir", default="data", help="where downloads are kept")
+    add("--out_dir", help="where the run is kept; None: out/DATASET-RESIDUAL-LAYERSxWIDTH")
+    add("--resume", action="store_true", help="go on with the run in out_dir")
+    add("--overwrite", action="store_true", help="replace the run in out_dir")
+    # The model
+    add("--residual", default="wav", choices=RESIDUALS, help="what a sublayer reads")
+    add("--n_layer", type=int, default=12, help="layers; each is two sublayers, attention and MLP")
+    add("--n_head", type=int, default=4, help="attention heads")
+    add("--n_embd", type=int, default=128, help="width of the residual stream")
+    add("--n_ctx", type=int, default=128, help=f"context, in {TOKEN}s")
+    add("--n_block", type=int, help="blocks that the layers are cut into; None: about 8")
+    add("--detail_bias", type=float, default=-2.0, help="where the bias of wav's details starts")
+    add("--dropout", type=float, default=0.0, help="dropout probability")
+    # The optimisation
+    add("--batch_size", type=count, default=16, help=f"windows of n_ctx {TOKEN}s, in all processes")
+    add("--grad_accum", type=count, default=1, help="batches in a step")
+    add("--max_iters", type=count, default=800, help="steps")
+    add("--learning_rate", type=amount, default=3e-3, help="peak learning rate")
+    add("--min_lr", type=amount, help="the last one; None: a tenth of learning_rate")
+    add("--warmup_iters", type=amount, default=50, help="steps of linear warm-up")
+    add("--weight_decay", type=amount, default=0.1, help="of matrices, not of queries or biases")
+    add("--grad_clip", type=amount, default=1.0, help="largest gradient norm; 0: any")
+    add("--seed", type=int, default=1, help="of initialisation, batches and dropout")
+    # Evaluation
+    add("--eval_interval", type=count, default=100, help="steps between evaluations")
+    add("--eval_windows", type=count, default=320, help=f"windows of n_ctx {TOKEN}s in one")
+    # The machine
+    add("--device", default="auto", help="auto, cpu, mps, cuda or cuda:N")
+    add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="of products")
+    add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile; None: on CUDA")
+    return parser
 
 
-MODEL = [f.name for f in fields(GPTConfig) if f.name != "vocab_size"]  # what GPTConfig takes
-FIXED = (*MODEL, "batch_size", "grad_accum", "eval_batches", "seed")  # by --resume
+def count(text):
+    if not 1 <= int(text) <= 10**9:
+        raise argparse.ArgumentTypeError(f"{text} must be a whole number, 1 to 10**9")
+    return int(text)
 
 
-@dataclass
-class Progress:
-    """All that the loop changes beside model and optimiser. A checkpoint holds it as it is."""
-
-    step: int = 0
-    seconds: float = 0.0  # of training steps alone
-    best: float = math.inf  # validation loss, in nats per character
-    evaluated: tuple = (-1, 0.0)  # step and seconds of the last evaluation; -1: none yet
-    lr: float = 0.0  # of the last step
-    losses: torch.Tensor = field(default_factory=lambda: torch.zeros(()))  # their sum since then
-    log: list = field(default_factory=lambda: [LOG_HEADER])  # log.csv, row by row
+def amount(text):
+    if not 0 <= float(text) < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} must be a number, 0 or more")
+    return float(text)
 
 
 def main(argv=None):
-    s, model, checkpoint, ours = read_settings(argv)
-    out_dir = Path(s.out_dir)
+    args, checkpoint = read_settings(argv)
+    out_dir = Path(args.out_dir)
 
-    # Device and processes. Under torchrun each process takes its share of every batch.
-    variables = (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
-    rank, local, world = (int(os.environ.get(name) or default) for name, default in variables)
-    require(s.batch_size % world == 0, f"batch_size={s.batch_size} needs {world} equal shares")
-    device = data.pick_device(s.device, local, world)
+    # Processes and device. Under torchrun there are several, and each takes its share of a batch.
+    rank, local_rank, world = read_processes()
+    share = args.batch_size // world
+    whole = args.batch_size == share * world and args.eval_windows >= world
+    require(whole, f"batch_size and eval_windows must give each of {world} processes its share")
+    device = pick_device(args.device, local_rank)
     if world > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
 
-    # Text. The first process of each host downloads, the others then find the files.
-    if local > 0:
+    # The text. The first process of a machine downloads, the others wait and find the files.
+    if local_rank > 0:
         dist.barrier()
-    try:
-        train_ids, val_ids, chars = data.load(s.dataset, s.data_dir)
-    finally:  # after an error too: the others then meet it by themselves, and do not wait
-        if world > 1 and local == 0:
-            dist.barrier()
-    sizes = f"{len(train_ids):,} characters to learn from, {len(val_ids):,} to validate"
-    enough = min(len(train_ids), len(val_ids)) >= s.n_ctx + 2
-    require(enough, f"{sizes}: n_ctx={s.n_ctx} needs {s.n_ctx + 2:,} of each")
-    text = hashlib.sha256(b"".join(("".join(chars).encode(), train_ids, val_ids))).hexdigest()
-    require(not checkpoint or checkpoint["text"] == text, f"{s.dataset!r} is not this run's text")
-    train_ids, val_ids = data.to_device(train_ids, device), data.to_device(val_ids, device)
-    shape = (s.eval_batches, world, s.batch_size // world)
-    val_starts = data.to_device(data.even_starts(val_ids, s.n_ctx, shape)[:, rank], device)
+    text = data.load(args.dataset, args.data_dir, checkpoint["text"] if checkpoint else None)
+    if local_rank == 0 and world > 1:
+        dist.barrier()
+    sizes = f"{len(text.train):,} {TOKEN}s to train on, {len(text.val):,} to validate on"
+    enough = min(len(text.train), len(text.val)) >= args.n_ctx + 2
+    require(enough, f"{sizes}: n_ctx={args.n_ctx} needs {args.n_ctx + 2:,} of each")
+    train_ids = torch.from_numpy(text.train).to(device)
+    val_ids = torch.from_numpy(text.val).to(device)
 
-    # Model, optimiser, precision
-    config = GPTConfig(len(chars), **{name: getattr(s, name) for name in MODEL})
-    torch.manual_seed(s.seed)
-    model = (model or GPT(config)).to(device).train()
-    optimizer = make_optimizer(s, model, device)
-    native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    dtype = s.dtype if s.dtype != "auto" else "bfloat16" if native else "float32"  # emulated: slow
+    # Every evaluation reads the same windows, spread evenly over the validation text.
+    val_starts = data.even_starts(len(val_ids), args.n_ctx, args.eval_windows)[rank::world]
+    val_x, val_y = data.windows(val_ids, args.n_ctx, val_starts)
+
+    # The model and its optimiser
+    torch.manual_seed(args.seed)
+    config = GPTConfig(vocab_size=len(text.vocab), **{name: getattr(args, name) for name in MODEL})
+    args.n_block = config.n_block  # None has become a number
+    model = GPT(config).to(device)
+    optimizer = make_optimizer(model, args)
+    for group in optimizer.param_groups:
+        group["peak_lr"] = group["lr"]  # each group its own: the schedule multiplies it
+
+    # Precision
+    dtype = pick_dtype(args.dtype, device)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16")
-    torch.set_float32_matmul_precision("high")  # TF32 for what stays in fp32 on a GPU
-    name, n = f"{s.residual} {s.n_layer}x{s.n_embd}", sum(p.numel() for p in model.parameters())
-    chars_per_step = s.grad_accum * s.batch_size * s.n_ctx
-    say(f"{s.dataset}: {sizes}, a vocabulary of {len(chars):,}; {chars_per_step:,} a step")
-    say(f"{name}, {s.n_block} blocks: {n:,} parameters, {dtype} on {device}, into {out_dir}/")
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32 for what stays in fp32
 
-    # A first batch through everything: what cannot work shows before a folder is touched.
-    compiled = device.type == "cuda" if s.compile is None else s.compile
-    if compiled:
+    name = f"{args.residual} {args.n_layer}x{args.n_embd}"
+    blocks = f" in {args.n_block} blocks" if model.kinds and model.block_size > 1 else ""
+    n_params = sum(p.numel() for p in model.parameters())
+    tokens_per_step = args.grad_accum * args.batch_size * args.n_ctx
+    say(f"{args.dataset}: {sizes}")
+    say(f"{name}{blocks}: {n_params:,} parameters, a vocabulary of {len(text.vocab):,}")
+    say(f"{dtype} on {device}, {tokens_per_step:,} {TOKEN}s a step, into {out_dir}/")
+    for note in doubts(args, device):
+        say(f"note: {note}")
+
+    # torch.compile, on CUDA by itself, if Triton is there (it is not on Windows)
+    use_compile = args.compile
+    if use_compile is None:
+        use_compile = device.type == "cuda" and importlib.util.find_spec("triton") is not None
+    if use_compile:
         compile_parts(model)
-    network = torch.nn.parallel.DistributedDataParallel(model) if world > 1 else model
-    network.broadcast_buffers = False  # for DDP: they are constants
-    try:
-        rehearse(network, model, optimizer, val_ids, val_starts[:1], s, autocast)
-    except Exception as error:
-        if not compiled or sample.out_of_memory(error):
-            raise
-        say(f"torch.compile failed ({' '.join(str(error).split())[:200]}): going on without it")
-        torch.compiler.set_stance("force_eager")
-        rehearse(network, model, optimizer, val_ids, val_starts[:1], s, autocast)
-    now = checkpoint["progress"] if checkpoint else Progress()
-    if checkpoint:
-        say(f"going on from step {now.step:,}")
-        optimizer.load_state_dict({**optimizer.state_dict(), "state": checkpoint["moments"]})
 
-    # The loop: figures, an evaluation and a checkpoint where they are due, first at step 0; then a
-    # step. A loss stays on the device until it is shown, so that no step waits for it.
-    began, ckpt = time.perf_counter(), out_dir / "ckpt.pt"
-    bar = tqdm(total=s.max_iters, initial=now.step, unit="step", disable=True if rank else None)
-    with stop_signals(world) as stop, bar:
-        if rank == 0 and not checkpoint:
-            claim(out_dir, s.overwrite)
-        while True:
-            step, (eval_step, then) = now.step, now.evaluated
-            last = step >= s.max_iters or len(stop) > 0
-            due = step != eval_step and (step % s.eval_interval == 0 or step == s.max_iters)
-            if due or last or time.perf_counter() - began > 0.5:
-                loss = finite(now.losses.to(device) / max(1, step - eval_step), "loss", step)
-                now.seconds += time.perf_counter() - began
-                speed = (step - max(0, eval_step)) * chars_per_step / max(1e-9, now.seconds - then)
-                bar.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} chars/s" if speed else "")
-                files = [ckpt] if due or last else []
-                if due:
-                    losses = torch.stack([loss, evaluate(model, val_ids, val_starts, s, autocast)])
-                    if world > 1:
-                        dist.all_reduce(losses)
-                    train, val = finite(losses / world, "loss", step).tolist()
-                    line, row = f"val {val:.3f}", f",{val:.6f},,,0.0"
-                    if step:  # before the first step there is no more to say
-                        line = f"train {train:.3f}, {line}, {speed:,.0f} chars/s"
-                        row = f"{train:.6f},{val:.6f},{now.lr:g},{speed:.0f},{now.seconds:.1f}"
-                    say(f"step {step:,}: {line}")
-                    now.log.append(f"{step},{row}\n")
-                    if step and val < now.best:
-                        files, now.best = [out_dir / "best.pt", *files], val
-                    now.evaluated, now.losses = (step, now.seconds), torch.zeros_like(now.losses)
-                if files and rank == 0:
-                    on_disk = ckpt.read_bytes()[-999:] if ckpt.exists() else ours  # its checksums
-                    require(on_disk == ours, f"another run writes into {out_dir}: this one ends")
-                    finite(sum(p.sum() for p in model.parameters()), "weights", step)
-                    rest = {"settings": asdict(s), "text": text, "progress": vars(now)}
-                    rest["optimizer"] = optimizer.state_dict()
-                    sample.save_checkpoint(files, model, chars, **rest)
-                    sample.write_whole(out_dir / "log.csv", "".join(now.log).encode())
-                    ours = ckpt.read_bytes()[-999:]
-                began = time.perf_counter()
-            if last:
-                break
-            for group in optimizer.param_groups:
-                group["lr"] = now.lr = learning_rate(s, step)
-            torch.manual_seed(hash((s.seed, step, rank)))  # a resumed step has the same dropout
-            shape = (s.grad_accum, world, s.batch_size // world)
-            starts = data.random_starts(train_ids, s.n_ctx, shape, s.seed, step)[:, rank]
-            starts = data.to_device(starts, device)
-            now.losses = now.losses + gradients(network, train_ids, starts, s, autocast)
-            torch.nn.utils.clip_grad_norm_(model.parameters(), s.grad_clip or math.inf)
-            optimizer.step()
-            optimizer.zero_grad()
-            now.step = step + 1
-            bar.update()
+    # A first batch goes through before a folder is touched. It compiles, shows whether memory
+    # suffices and what an evaluation measures, and changes nothing: no step is taken.
+    add_gradients(model, val_x[None, :share], val_y[None, :share], autocast)
+    idle = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    require(world == 1 or not idle, f"no gradient for {idle[:3]}: torchrun cannot train it")
+    optimizer.zero_grad()
+    figures = evaluate(model, val_x[:share], val_y[:share], share, autocast)
+    columns = ["step", "train_loss", *figures, "learning_rate", f"{TOKEN}s_per_second", "seconds"]
+    network = DistributedDataParallel(model, broadcast_buffers=False) if world > 1 else model
+
+    # What the loop changes; all of it is in a checkpoint.
+    step = 0
+    seconds = 0.0  # of training steps alone
+    best = math.inf  # validation loss
+    losses = torch.zeros((), device=device)  # the sum since the last evaluation
+    log = []  # the rows of log.csv
+    if checkpoint:
+        step, seconds, best = checkpoint["step"], checkpoint["seconds"], checkpoint["best"]
+        losses, log = checkpoint["losses"].to(device), checkpoint["log"]
+        require([*log[0]] == columns, f"log.csv has {[*log[0]]}, this code {columns}")
+        model.load_state_dict(checkpoint["model"])
+        load_moments(model, optimizer, checkpoint)
+        say(f"going on from step {step:,}")
+    elif rank == 0:
+        claim(out_dir, args.overwrite)
+
+    stop = threading.Event()
+    if world == 1:  # torchrun ends its processes itself
+        catch_ctrl_c(stop)
+    max_norm = args.grad_clip if args.grad_clip > 0 else math.inf
+    shape = (args.grad_accum, world, share)
+    evaluated = log[-1]["step"] if log else -1
+    since, since_step = seconds, step  # the time and place from which speed is measured
+    bar = tqdm(total=args.max_iters, initial=step, unit="step", disable=True if rank else None)
+
+    while True:
+        stopping = stop.is_set()
+        due = step % args.eval_interval == 0 or step == args.max_iters
+        due = due and step != evaluated  # not again where a run goes on
+        improved = False
+
+        # An evaluation, first of the untrained model. The bar's clock does not count it.
+        if due:
+            bar.set_postfix_str("validating...")
+            figures = evaluate(model, val_x, val_y, share, autocast)
+            check_finite(figures["val_loss"], step)
+            row = dict.fromkeys(columns)
+            row.update({name: round(figure, 6) for name, figure in figures.items()})
+            row.update(step=step, seconds=round(seconds, 1))
+            said = [f"{name.removesuffix('_loss')} {x:.3f}" for name, x in figures.items()]
+            if step > 0:
+                train_loss = mean_over_processes(losses).item() / (step - evaluated)
+                speed = (step - since_step) * tokens_per_step / max(seconds - since, 1e-9)
+                rate = args.learning_rate * schedule(args, step - 1)
+                row.update(train_loss=round(train_loss, 6), learning_rate=float(f"{rate:.6g}"))
+                row[f"{TOKEN}s_per_second"] = round(speed)
+                said = [f"train {train_loss:.3f}", *said, f"{speed:,.0f} {TOKEN}s/s"]
+                improved = figures["val_loss"] < best
+                best = min(best, figures["val_loss"])
+            say(f"step {step:,}: {', '.join(said)}")
+            log.append(row)
+            losses.zero_()
+            evaluated = step
+            since, since_step = seconds, step
+            bar.unpause()
+
+        # A checkpoint
+        if rank == 0 and (due or stopping):
+            check_finite(sum(p.sum() for p in model.parameters()).item(), step)
+            state = {
+                "settings": vars(args),
+                "config": asdict(model.config),
+                "vocab": text.vocab,
+                "text": text.checksum,
+                "code": checksum_of_code(),
+                "model": model.state_dict(),
+                "optimizer": type(optimizer).__name__,
+                "moments": moments(model, optimizer),
+                "step": step,
+                "seconds": seconds,
+                "best": best,
+                "losses": losses,
+                "log": log,
+            }
+            if improved:
+                save(out_dir / "best.pt", state)
+            save(out_dir / "ckpt.pt", state)
+            write_log(out_dir / "log.csv", columns, log)
+        if stopping or step == args.max_iters:
+            break
+
+        # One step. Batches and dropout depend on seed and step alone: so a resumed run is the
+        # unbroken one.
+        began = time.perf_counter()
+        starts = data.random_starts(len(train_ids), args.n_ctx, shape, args.seed, step)
+        x, y = data.windows(train_ids, args.n_ctx, starts[:, rank])
+        torch.manual_seed(hash((args.seed, step, rank)))
+
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * schedule(args, step)
+        loss = add_gradients(network, x, y, autocast)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses += loss
+        step += 1
+        bar.update()
+        # A GPU runs behind Python, which waits for it only where a loss is looked at.
+        if step % 10 == 0 or step % args.eval_interval == 0 or step == args.max_iters:
+            bar.set_postfix_str(f"loss {check_finite(loss.item(), step):.3f}", refresh=False)
+        seconds += time.perf_counter() - began
+
+    bar.close()
     if world > 1:
-        del network  # it holds the group too, and as its last holder could deadlock
+        del network  # as the last to hold the process group, it could wait for ever
         dist.destroy_process_group()
-    if now.step < s.max_iters:
-        say(f"stopped at step {now.step:,} and saved: the same command with --resume goes on")
-        return 128 + stop[0]
+    if step < args.max_iters:
+        say(f"stopped at step {step:,} and saved: the same command with --resume goes on")
+        return 130
     if rank == 0:
-        bits, rate = now.best / math.log(2), now.step * chars_per_step / max(now.seconds, 1e-9)
-        say(f"{name}: best validation loss {now.best:.4f} nats ({bits:.4f} bits) per character")
-        say(f"{rate:,.0f} chars/s, {now.seconds:,.0f} s, peak memory {peak_memory(device):,.0f} MB")
-        torch.compiler.set_stance("force_eager")  # text comes in other shapes
-        torch.manual_seed(s.seed)
-        model, _ = sample.load_checkpoint(sample.find_checkpoint(out_dir), device)
-        sample.write_sample(model, chars, n_chars=300)
+        speed = step * tokens_per_step / seconds
+        say(f"{name}: best validation loss {best:.4f} nats per {TOKEN}")
+        say(f"{seconds:,.0f} s of training steps, {speed:,.0f} {TOKEN}s/s")
+        if device.type == "cuda":
+            say(f"peak memory {torch.cuda.max_memory_allocated(device) / 1e6:,.0f} MB")
+        say("a sample:")
+        say(some_text(model, text.vocab, out_dir / "best.pt"))
+        say(f"next: python sample.py --out_dir {out_dir} --prompt ...")
+        if model.kinds:
+            say(f"      python sample.py --out_dir {out_dir} --routing")
 
 
 def read_settings(argv):
-    """Command line over resumed run over defaults; that run's model, checkpoint, and its end."""
-    given, model, checkpoint, ours = parse(argv), None, None, None
-    s = Settings(**given)
-    s.out_dir = s.out_dir or f"out/{Path(s.dataset).stem}-{s.residual}-{s.n_layer}x{s.n_embd}"
-    path = Path(s.out_dir, "ckpt.pt")
-    if s.resume:
-        require(not s.overwrite, "--resume goes on with a run, --overwrite replaces it: give one")
-        require(path.exists(), f"no ckpt.pt to resume in {s.out_dir}: --overwrite starts a run")
-        ours = path.read_bytes()[-999:]
-        model, checkpoint = sample.load_checkpoint(path)
-        before = resumable(checkpoint, model, path)
+    """The settings of a run, and the checkpoint from which it goes on, if it does."""
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    out_dir = args.out_dir
+    if out_dir is None:
+        out_dir = f"out/{Path(args.dataset).stem}-{args.residual}-{args.n_layer}x{args.n_embd}"
+    path = Path(out_dir, "ckpt.pt")
+    checkpoint = None
+
+    if args.resume:
+        require(not args.overwrite, "--resume goes on with a run, --overwrite replaces it")
+        require(path.exists(), f"there is no {path} to resume")
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        note_other_code(checkpoint)
+        # What the command line leaves out is as it was.
+        before = checkpoint["settings"]
+        parser.set_defaults(**before)
+        args = parser.parse_args(argv)
         for name in FIXED:
-            was, wanted = getattr(before, name), given.get(name, getattr(before, name))
-            other = f"{name}={wanted!r} contradicts the checkpoint's {was!r}: leave it out, or"
-            require(wanted == was, f"{other} start another run with --out_dir")
-        s = Settings(**{**asdict(before), **given, "out_dir": s.out_dir})
-        done = f"{s.out_dir} has done {checkpoint['progress'].step:,} steps"
-        require(checkpoint["progress"].step < s.max_iters, f"{done}: give a larger --max_iters")
-    elif not s.overwrite:
-        require(not any(path.with_name(x).exists() for x in FILES), HELD.format(s.out_dir))
-    for f in fields(s):
-        value, (low, high) = getattr(s, f.name), f.metadata["span"]
-        fits = low is None or low <= value <= high and value < math.inf  # nan fails too
-        require(fits, f"{f.name}={value} must be at least {low} and at most {high:,}")
-    s.n_block = GPTConfig(2, **{name: getattr(s, name) for name in MODEL}).n_block  # or refused
-    return s, model, checkpoint, ours
+            new, old = getattr(args, name), before[name]
+            hint = "leave it out, or start another run with --out_dir"
+            require(new == old, f"{name}={new} contradicts {old}, of the run in {out_dir}: {hint}")
+        done = checkpoint["step"]
+        require(done < args.max_iters, f"{out_dir} has done {done:,} steps: give more --max_iters")
+    elif not args.overwrite:
+        require(not path.exists(), HELD.format(out_dir))
+
+    args.out_dir = out_dir
+    above = f"min_lr={args.min_lr} is above learning_rate={args.learning_rate}"
+    require(args.min_lr is None or args.min_lr <= args.learning_rate, above)
+    return args, checkpoint
 
 
-def parse(argv):
-    parser = sample.Parser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
-    for f in fields(Settings):
-        choices = f.metadata["choices"]
-        how = {"type": f.type, "choices": choices, "metavar": None if choices else f.type.__name__}
-        if f.type is bool:
-            how = {"action": argparse.BooleanOptionalAction}
-        text = f.metadata["help"] + f" (default: {f.default})" * bool(f.default)
-        parser.add_argument(f"--{f.name}", default=argparse.SUPPRESS, help=text, **how)
-    return vars(parser.parse_args(argv))
+HELD = "{} holds a run: --resume goes on with it, --overwrite replaces it, --out_dir starts another"
 
 
-def resumable(checkpoint, model, path):
-    """A checkpoint's settings, the default for what it lacks; fills in its progress and moments."""
-    try:
-        before, now = Settings(**checkpoint["settings"]), Progress(**checkpoint["progress"])
-        for part, f in [(x, f) for x in (before, now) for f in fields(x)]:
-            value = getattr(part, f.name)
-            same = getattr(model.config, f.name, value) == value  # some are in both
-            require(same and type(value) in (f.type, type(f.default)), f"bad {f.name}")
-        optimizer = make_optimizer(before, model, torch.device("cpu"))
-        moments = checkpoint["moments"] = checkpoint["optimizer"]["state"]  # rates are the loop's
-        optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
-        require(bool(optimizer.state) == (now.step > 0), "bad moments")
-        for p, state in optimizer.state.items():  # a parameter without gradient has none
-            shapes = {(x.shape, x.stride()) for x in (p, state["exp_avg"], state["exp_avg_sq"])}
-            require(len(shapes) == 1 and float(state["step"]) > 0, "bad moments")
-        _, _ = "".join(now.log).encode(), f"{now.losses:f}"  # these raise if they cannot
-        _, _ = checkpoint["text"], sum(map(float, now.evaluated))
-    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} cannot be resumed by this train.py: {error}") from None
-    checkpoint["progress"] = now
-    return before
+def read_processes():
+    """Number of this process, its number on this machine, and how many there are: by torchrun."""
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
+    given = [name for name in names if os.environ.get(name)]
+    if not given:
+        return 0, 0, 1
+    require(len(given) == 3, f"{given} without the rest of {names}: torchrun sets all or none")
+    values = [os.environ[name] for name in names]
+    fits = all(value.isdecimal() for value in values) and int(values[0]) < int(values[2])
+    require(fits, f"{names} are {values}: these are no processes of torchrun")
+    return tuple(int(value) for value in values)
 
 
-def make_optimizer(s, model, device):
-    """AdamW, at rates that the loop sets. Matrices decay; vectors, queries and biases do not."""
-    groups = [{"params": [], "weight_decay": decay} for decay in (s.weight_decay, 0.0)]
+def pick_device(name, local_rank=0):
+    """The torch.device of this process, number local_rank of its machine."""
+    n_gpu = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    mps = torch.backends.mps.is_available()
+    if name == "auto":
+        name = "cuda" if n_gpu else "mps" if mps else "cpu"
+    if name == "cuda":
+        name = f"cuda:{local_rank}"
+    there = ["cpu", *(["mps"] if mps else []), *(f"cuda:{i}" for i in range(n_gpu))]
+    require(name in there, f"device={name!r} is not here: try auto or one of {', '.join(there)}")
+    if name.startswith("cuda"):
+        torch.cuda.set_device(name)
+    return torch.device(name)
+
+
+def pick_dtype(name, device):
+    """float32 or bfloat16; auto is bf16 where a GPU computes in it (older ones emulate it)."""
+    if name != "auto":
+        return name
+    cuda = device.type == "cuda"
+    native = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
+    return "bfloat16" if native else "float32"
+
+
+def doubts(args, device):
+    """What may make a run slow or a figure wrong."""
+    if args.warmup_iters >= args.max_iters:
+        yield f"{args.max_iters:,} steps end within warmup_iters={args.warmup_iters:g}, below the peak"
+    if device.type == "cpu" and hasattr(os, "getloadavg") and torch.get_num_threads() > 1:
+        load, cores = os.getloadavg()[0], os.cpu_count()
+        if load > cores / 2:
+            yield f"load {load:.1f} on {cores} cores: OMP_NUM_THREADS=1 may be much faster"
+
+
+def make_optimizer(model, args):
+    """AdamW. A group keeps a rate of its own: the schedule multiplies what it is given here.
+    Matrices decay, by their names; queries, biases and whatever a fork calls otherwise do not."""
+    matrices, rest = [], []
     for name, p in model.named_parameters():
-        groups[p.ndim < 2 or name in ("query", "detail_bias")]["params"].append(p)
-    return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), fused=device.type != "mps")
+        if name.endswith(".weight") and p.ndim == 2:
+            matrices.append(p)
+        else:
+            rest.append(p)
+    groups = [
+        {"params": matrices, "weight_decay": args.weight_decay},
+        {"params": rest, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=args.learning_rate, betas=(0.9, 0.95), fused=True)
 
 
-def learning_rate(s, step):
-    """Linear warm-up, then a cosine from learning_rate to min_lr at max_iters."""
-    if step < s.warmup_iters:
-        return s.learning_rate * (step + 1) / s.warmup_iters
-    done = (step - s.warmup_iters) / max(1, s.max_iters - s.warmup_iters)
-    return s.min_lr + 0.5 * (1 + math.cos(math.pi * done)) * (s.learning_rate - s.min_lr)
+def schedule(args, step):
+    """The share of its peak that a rate has at a step: linear warm-up, then a cosine down to
+    min_lr / learning_rate at max_iters."""
+    if step < args.warmup_iters:
+        return (step + 1) / args.warmup_iters
+    floor = 0.1
+    if args.min_lr is not None:
+        floor = args.min_lr / max(args.learning_rate, 1e-30)
+    done = (step - args.warmup_iters) / max(1, args.max_iters - args.warmup_iters)
+    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * done))
 
 
-def gradients(network, ids, starts, s, autocast):
-    """Add up the gradients of the batches at starts (grad_accum, n). Returns their mean loss."""
+def add_gradients(network, x, y, autocast):
+    """Add up the gradients of the batches x, y (grad_accum, n, n_ctx). Returns their mean loss."""
     total = 0.0
-    for i, batch in enumerate(starts):
-        network.require_backward_grad_sync = i == len(starts) - 1  # processes exchange once a step
+    for i in range(len(x)):
+        if isinstance(network, DistributedDataParallel):  # the processes exchange once a step
+            network.require_backward_grad_sync = i == len(x) - 1
         with autocast:
-            loss = network(*data.windows(ids, s.n_ctx, batch))[1] / len(starts)
+            _, loss = network(x[i], y[i])
+        loss = loss / len(x)
         loss.backward()
         total = total + loss.detach()
     return total
 
 
 @torch.no_grad()
-def evaluate(model, ids, starts, s, autocast):
-    """Mean loss, in nats per character, over the windows at starts (eval_batches, n)."""
+def evaluate(model, x, y, batch_size, autocast):
+    """What is measured on the validation windows x, y (n, n_ctx) of this process, as a dict; its
+    names become columns of log.csv. val_loss is the mean over all windows, in nats per token."""
     model.eval()
-    with autocast:
-        losses = [model(*data.windows(ids, s.n_ctx, batch))[1] for batch in starts]
+    total = torch.zeros(2, device=x.device)
+    for xs, ys in zip(x.split(batch_size), y.split(batch_size)):
+        with autocast:
+            _, loss = model(xs, ys)
+        total += torch.stack([loss * len(xs), torch.ones_like(loss) * len(xs)])
     model.train()
-    return torch.stack(losses).mean()
+    loss, n_windows = (mean_over_processes(total)).tolist()
+    return {"val_loss": loss / n_windows}
 
 
-def rehearse(network, model, optimizer, ids, starts, s, autocast):
-    """An evaluation and a step at rate 0: memory is taken, code compiled, and nothing changed."""
-    evaluate(model, ids, starts, s, autocast)
-    gradients(network, ids, starts, s, autocast)
-    optimizer.step()
-    optimizer.zero_grad()
-    optimizer.state.clear()
+def mean_over_processes(x):
+    if dist.is_initialized():
+        dist.all_reduce(x)  # the sum
+        x = x / dist.get_world_size()
+    return x
+
+
+def check_finite(x, step):
+    """x, unless training has failed: then no good checkpoint is written over."""
+    advice = "try a lower --learning_rate or a longer --warmup_iters"
+    require(math.isfinite(x), f"loss or weights not finite at step {step:,}: {advice}")
+    return x
 
 
 def compile_parts(model):
@@ -338,63 +456,127 @@ def compile_parts(model):
         sublayer.compile()
 
 
-def finite(x, what, step):
-    advice = "try a lower --learning_rate or a longer --warmup_iters; what is saved is whole"
-    if not x.isfinite().all():
-        raise FloatingPointError(f"{what} not finite at step {step:,}: {advice}")
-    return x
+def catch_ctrl_c(stop):
+    """From now on Ctrl-C (or SIGTERM) only sets the event stop; a second one ends the process."""
+
+    def handler(number, frame):
+        stop.set()
+        signal.signal(number, signal.SIG_DFL)
+        with contextlib.suppress(OSError):  # Ctrl-C has ended `| tee`, too
+            os.write(2, b"\nstopping after this step; again to stop now\n")
+
+    signal.signal(signal.SIGINT, handler)
+    signal.signal(signal.SIGTERM, handler)
+
+
+# ----------------------------------------------------------------------------------------------
+# The files of a run
 
 
 def claim(out_dir, overwrite):
-    """Make out_dir this run's: of two that start together, one creates the log (or saves first)."""
+    """Make the folder of a new run. Of two that start at once, one gets it."""
     out_dir.mkdir(parents=True, exist_ok=True)
-    for name in FILES if overwrite else ():
-        (out_dir / name).unlink(missing_ok=True)
+    if overwrite:
+        for name in ("best.pt", "ckpt.pt", "log.csv"):
+            (out_dir / name).unlink(missing_ok=True)
     try:
         open(out_dir / "log.csv", "x").close()
     except FileExistsError:
-        raise ValueError(HELD.format(out_dir)) from None
+        raise Refused(HELD.format(out_dir)) from None
 
 
-@contextlib.contextmanager
-def stop_signals(world):
-    """Inside, the first signal that asks to stop goes into a list, the second ends the process."""
-    asked, taken = [], []
+def save(path, state):
+    """Write a checkpoint. It takes its place when it is whole: a crash leaves the last one."""
+    part = path.with_name(path.name + ".part")
+    torch.save(state, part)
+    os.replace(part, path)
 
-    def ask(number, frame):
-        asked.append(number)
-        for n in taken:
-            signal.signal(n, signal.SIG_DFL)
-        with contextlib.suppress(OSError):
-            os.write(2, b"\nstopping after this step; again to stop now\n")
 
-    with contextlib.ExitStack() as undo:
-        for name in ("SIGINT", "SIGTERM", "SIGHUP") if world == 1 else ():  # torchrun ends its own
-            number = getattr(signal, name, None)  # Windows has no SIGHUP, and nohup ignores it
-            if number and signal.getsignal(number) is not signal.SIG_IGN:
-                taken.append(number)
-                undo.callback(signal.signal, number, signal.signal(number, ask))
-        yield asked
+def write_log(path, columns, log):
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(log)
+
+
+def moments(model, optimizer):
+    """The state of any optimiser, by the names of the weights."""
+    return {
+        name: optimizer.state[p] for name, p in model.named_parameters() if p in optimizer.state
+    }
+
+
+def load_moments(model, optimizer, checkpoint):
+    was, now = checkpoint["optimizer"], type(optimizer).__name__
+    require(was == now, f"this run was trained by {was}: {now} cannot go on with its moments")
+    in_order = [p for group in optimizer.param_groups for p in group["params"]]
+    names = {p: name for name, p in model.named_parameters()}
+    kept = checkpoint["moments"]
+    state = {i: kept[names[p]] for i, p in enumerate(in_order) if names[p] in kept}
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+
+
+def checksum_of_code():
+    return hashlib.sha256(Path(wav.__file__).read_bytes()).hexdigest()
+
+
+def note_other_code(checkpoint):
+    require("code" in checkpoint, "this run was made by an older train.py: start another")
+    if checkpoint["code"] != checksum_of_code():
+        say("note: this run was made by another wav.py than the one that is here now")
+
+
+# ----------------------------------------------------------------------------------------------
+# What a person sees
+
+
+def some_text(model, vocab, path):
+    """300 tokens by the weights of a checkpoint."""
+    torch.compiler.set_stance("force_eager")  # text comes in other shapes
+    weights = torch.load(path, map_location="cpu", weights_only=True)["model"]
+    model.load_state_dict(weights)
+    line_end = data.encode("\n", vocab).clip(0)  # the first token, where none is a line end
+    start = torch.from_numpy(line_end)[None].long().to(model.head.weight.device)
+    ids = model.eval().stream(start, 300, temperature=0.8)
+    return data.decode([i.item() for i in ids], vocab)
 
 
 def say(line):
-    """A line above the bar, from the first process. If its reader is gone (`| tee`), no matter."""
-    if (os.environ.get("RANK") or "0") == "0":
-        with contextlib.suppress(OSError), tqdm.external_write_mode():
-            print(line, flush=True)
+    """Print a line above the progress bar; under torchrun, in the first process alone."""
+    if os.environ.get("RANK", "0") in ("", "0"):
+        with contextlib.suppress(BrokenPipeError):  # Ctrl-C has ended `| tee`, too
+            tqdm.write(line)
+            sys.stdout.flush()
 
 
-def peak_memory(device):
-    """Peak memory of this process in MB: the device's on CUDA, else the resident set."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e6
-    if sys.platform == "win32":
-        return math.nan
-    import resource
+class Parser(argparse.ArgumentParser):
+    def error(self, message):  # in place of the usage text: a line
+        raise Refused(message)
 
-    unit = 1 if sys.platform == "darwin" else 1024  # bytes on macOS, else KiB
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
+
+def run(main):
+    """Run a script's main, and exit. What a person can mend is one line and status 2; everything
+    else keeps its traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a redirected file on Windows has a narrow encoding
+            stream.reconfigure(encoding="utf-8", errors="backslashreplace")
+    try:
+        version = torch.__version__.split(".")[:2]
+        why = "is too old: before 2.10 a checkpoint may hide code that loading runs"
+        require([int(n) for n in version] >= [2, 10], f"torch {torch.__version__} {why}")
+        status = main()
+        sys.stdout.flush()
+    except BrokenPipeError:  # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 0
+    except KeyboardInterrupt:
+        status = 130
+    except (Refused, OSError) as error:
+        process = f" (process {os.environ['RANK']})" if os.environ.get("RANK") else ""
+        print(f"error{process}: {error}", file=sys.stderr)
+        status = 2
+    sys.exit(status)
 
 
 if __name__ == "__main__":
-    sys.exit(sample.run(main))
+    run(main)
