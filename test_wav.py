@@ -177,14 +177,18 @@ def test_all_variants_are_the_same_network_at_init(n_layer):
         assert difference < 2e-6 * logits["standard"].abs().max() + 1e-6, (residual, difference)
 
 
-@pytest.mark.parametrize("n_layer", [12, 24, 48])
-def test_at_the_default_start_details_weigh_exp_of_minus_2_and_hold_a_fifth_of_the_output(n_layer):
-    model = make("wav", trained=False, n_layer=n_layer, n_block=None)
-    weights, names = model.routing(some_ids())
-    weigh = dict(zip(names, weights[-1]))
-    torch.testing.assert_close(weigh["phase 2"] / weigh["sum 1"], math.exp(-2) + 0 * weigh["x0"])
-    held = sum(w.mean() for name, w in weigh.items() if name.startswith(("phase", "split")))
-    assert held.item() == pytest.approx(0.2, abs=0.02)
+@pytest.mark.parametrize("n_layer, n_block", [(12, None), (13, None), (48, None), (48, 24)])
+def test_at_the_default_start_a_detail_weighs_exp_of_minus_2_and_all_hold_8_to_21_percent(
+    n_layer, n_block
+):
+    model = make("wav", trained=False, n_layer=n_layer, n_block=n_block)
+    weights, names = model.routing(some_ids(T=2))
+    output = dict(zip(names, weights[-1]))
+    torch.testing.assert_close(output["phase 2"] / output["sum 1"], math.exp(-2) + 0 * output["x0"])
+    held = weights[:, [name.startswith(("phase", "split")) for name in names]].sum(1)
+    held = 100 * held[held > 0]  # of the readers that have details at all
+    assert held.min().round() == 8 and 18 < held.max().round() <= 21
+    assert n_block is None or held.max().round() == 21
 
 
 def test_the_norm_does_not_see_scale_down_to_the_size_of_a_mean_over_97_sources():
@@ -222,7 +226,7 @@ def offers(updates):
     plain = wav.offer(kinds, updates, S, 7)
     assert [*plain] == [(kind, 7) for kind in kinds]
     basis = make("wav", updates[0].dtype, n_layer=S // 2, n_block=1).basis
-    return [*plain.values()], [*wav.offer_at_once(basis, sum(updates)[None], updates)[0]]
+    return [*plain.values()], [*wav.offer_at_once(basis, updates, sum(updates))[0]]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -245,7 +249,7 @@ def test_a_detail_has_the_rms_of_its_block_sum_and_its_scale_carries_no_gradient
             got = torch.autograd.grad(source, updates, seed, retain_graph=True)
             for sign, gradient in zip(signs, got):  # linear in the updates, g a constant
                 torch.testing.assert_close(gradient, sign * g.detach() * seed)
-    at_once, inv_rms = wav.offer_at_once(make("wav").basis, sum(updates)[None], updates)
+    at_once, inv_rms = wav.offer_at_once(make("wav").basis, updates, sum(updates))
     torch.testing.assert_close(inv_rms, 1 / rms(at_once))  # rms(g d) = g rms(d)
 
 
@@ -296,7 +300,8 @@ def test_the_output_reads_every_block_and_not_only_the_last(residual):
 def test_the_map_is_read_without_dropout_and_leaves_the_model_as_it_was(training):
     model, idx = make("wav", dropout=0.5), some_ids()
     expected, _ = model.routing(idx)
-    assert model.train(training).routing(idx)[0].equal(expected)
+    with torch.autocast("cpu", torch.bfloat16):  # in full precision there, too
+        assert model.train(training).routing(idx)[0].equal(expected)
     assert model.training == training and model.sublayers[0].training == training
 
 
@@ -412,17 +417,28 @@ def test_under_autocast_sources_are_fp32_as_the_stream_is_and_products_bf16(
     if residual in KINDS:
         model.query.data.normal_()
         model.route = getattr(model, form)
-    exact, mixed, mix = model(idx)[0], [], wav.mix
-    monkeypatch.setattr(wav, "mix", lambda *args: mixed.append((args, mix(*args))) or mixed[-1][1])
+    exact, calls = model(idx)[0], []
+    forms = {name: getattr(wav, name) for name in ("mix", "offer", "offer_at_once")}
+    for name in forms:
+        spy = lambda *args, name=name: (
+            calls.append((name, args, forms[name](*args))) or calls[-1][2]
+        )
+        monkeypatch.setattr(wav, name, spy)
     updated = []  # what each sublayer, then the head, read and made of it
     for module in (*model.sublayers, model.head):
         module.register_forward_hook(lambda _, h, u: updated.append((h[0].dtype, u.dtype)))
     with torch.autocast("cpu", torch.bfloat16):
         logits, loss = model(idx, idx)
     assert updated == [(torch.float32, torch.bfloat16)] * 13 and loss.dtype == torch.float32
-    assert bool(mixed) == (residual in KINDS and form == "route")
-    for (sources, inv_rms, *_), (mixtures, lses) in mixed:
-        assert {x.dtype for x in (sources, inv_rms, *mixtures, *lses)} == {torch.float32}
+    assert bool(calls) == (residual in KINDS)
+    for name, args, got in calls:
+        if name == "mix":
+            (sources, inv_rms, *_), (mixtures, lses) = args, got
+            assert {x.dtype for x in (sources, inv_rms, *mixtures, *lses)} == {torch.float32}
+        else:  # sums are not rounded
+            (updates,) = [arg for arg in args if isinstance(arg, list)]
+            assert {u.dtype for u in updates} == {torch.float32}
+            torch.testing.assert_close(got, forms[name](*args), rtol=0, atol=0)
     assert (logits - exact).std() < 0.03 * exact.std()
 
 
@@ -492,8 +508,9 @@ def test_python_wav_py_exits_with_the_verdict(monkeypatch, wrong):
     assert end.value.code == wrong
 
 
-def test_a_larger_eps_in_the_norm_makes_the_lesson_exit_1(monkeypatch, capsys):
-    monkeypatch.setattr(wav, "rms", lambda x: (x.square().mean(-1, keepdim=True) + 1e-6).sqrt())
+@pytest.mark.parametrize("eps", [1e-6, math.nan])
+def test_a_larger_eps_in_the_norm_makes_the_lesson_exit_1(monkeypatch, capsys, eps):
+    monkeypatch.setattr(wav, "rms", lambda x: (x.square().mean(-1, keepdim=True) + eps).sqrt())
     status, out = lesson(capsys)
     assert status == 1 and "an eps too large" in out
     assert all(f"{residual} does not start as standard" in out for residual in KINDS)
@@ -567,10 +584,13 @@ def test_generation_goes_on_past_n_ctx_over_a_window_that_starts_again_at_half(r
 
 
 def test_a_prompt_longer_than_n_ctx_and_a_top_k_above_the_vocabulary_work():
-    idx = some_ids(B=1, T=50)
-    got = generate(make("wav"), idx, 5, top_k=1000)
-    assert got.shape == (1, 55) and got[:, :50].equal(idx)
-    assert generate(make("wav", n_ctx=1), idx, 5).shape == (1, 55)
+    model, idx = make("wav"), some_ids(T=50)
+    got = generate(model, idx, 5, top_k=1000)
+    assert got.shape == (2, 55) and got[:, :50].equal(idx)
+    for start in range(30):  # of a prompt the last n_ctx ids count
+        likeliest = generate(model, idx[:, : 20 + start], 1, temperature=0)[:, -1]
+        assert likeliest.equal(model(idx[:, 4 + start : 20 + start])[0][:, -1].argmax(-1))
+    assert generate(make("wav", n_ctx=1), idx, 5).shape == (2, 55)
 
 
 @pytest.mark.parametrize("how", [{"temperature": -1}, {"temperature": math.nan}, {"top_k": 0}])
