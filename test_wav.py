@@ -6,6 +6,7 @@ float64. Most tests run for each entry of wav.KINDS. What holds for any residual
 runs for each of wav.RESIDUALS. The tests of the scripts: .ci/test_scripts.py.
 """
 
+import functools
 import itertools
 import math
 import runpy
@@ -298,7 +299,7 @@ def test_the_output_reads_every_block_and_not_only_the_last(residual):
 
 @pytest.mark.parametrize("training", [True, False])
 def test_the_map_is_read_without_dropout_and_leaves_the_model_as_it_was(training):
-    model, idx = make("wav", dropout=0.5), some_ids()
+    model, idx = make("wav", torch.float32, dropout=0.5), some_ids()
     expected, _ = model.routing(idx)
     with torch.autocast("cpu", torch.bfloat16):  # in full precision there, too
         assert model.train(training).routing(idx)[0].equal(expected)
@@ -419,11 +420,14 @@ def test_under_autocast_sources_are_fp32_as_the_stream_is_and_products_bf16(
         model.route = getattr(model, form)
     exact, calls = model(idx)[0], []
     forms = {name: getattr(wav, name) for name in ("mix", "offer", "offer_at_once")}
-    for name in forms:
-        spy = lambda *args, name=name: (
-            calls.append((name, args, forms[name](*args))) or calls[-1][2]
-        )
-        monkeypatch.setattr(wav, name, spy)
+
+    def spy(name, *args):
+        args = [[*arg] if isinstance(arg, list) else arg for arg in args]  # updates grow
+        calls.append((name, args, forms[name](*args)))
+        return calls[-1][2]
+
+    for name in ("mix", "offer", "offer_at_once"):
+        monkeypatch.setattr(wav, name, functools.partial(spy, name))
     updated = []  # what each sublayer, then the head, read and made of it
     for module in (*model.sublayers, model.head):
         module.register_forward_hook(lambda _, h, u: updated.append((h[0].dtype, u.dtype)))
@@ -514,6 +518,8 @@ def test_a_larger_eps_in_the_norm_makes_the_lesson_exit_1(monkeypatch, capsys, e
     status, out = lesson(capsys)
     assert status == 1 and "an eps too large" in out
     assert all(f"{residual} does not start as standard" in out for residual in KINDS)
+    if math.isnan(eps):
+        assert all(f"{residual}: GPT.route and route_plain differ" in out for residual in KINDS)
 
 
 def test_a_source_counted_twice_makes_the_lesson_exit_1(monkeypatch, capsys):
@@ -533,13 +539,34 @@ def test_a_variant_that_offers_no_sum_makes_the_lesson_exit_1(monkeypatch, capsy
     assert "the sum of a block not offered" in out and "GPT.route" not in out
 
 
+def test_an_additive_residual_of_a_fork_may_start_as_it_likes(monkeypatch, capsys):
+    class Zero(GPT):
+        def forward(self, idx, targets=None, cache=None):
+            logits, loss = super().forward(idx, targets, cache)
+            return (0 * logits if self.config.residual == "zero" else logits), loss
+
+    monkeypatch.setattr(wav, "RESIDUALS", ("standard", "zero"))
+    monkeypatch.setattr(wav, "GPT", Zero)
+    status, out = lesson(capsys)
+    assert status == 0 and "zero" in out
+    with pytest.raises(Refused, match="residual='zero' has no mixing weights"):
+        GPT(GPTConfig(65, residual="zero")).routing(some_ids())
+
+
+EDITS = {  # the same values at the start, where queries are zero; the same values, other gradients
+    "values": lambda model, x: model.query[-1] ** 2,
+    "gradients": lambda model, x: x - x.detach(),
+}
+
+
+@pytest.mark.parametrize("edit", EDITS)
 @pytest.mark.parametrize("owner, form", [(GPT, "route_plain"), (wav, "route_fast")])
 def test_one_form_edited_alone_makes_the_lesson_exit_1_and_its_cure_0(
-    monkeypatch, capsys, owner, form
+    monkeypatch, capsys, owner, form, edit
 ):
     monkeypatch.setattr(wav, "RESIDUALS", ("standard", "wav"))
     original = getattr(owner, form)
-    edited = lambda self, *args, **how: original(self, *args, **how) + self.query[-1]
+    edited = lambda model, x, *args, **how: original(model, x, *args, **how) + EDITS[edit](model, x)
     monkeypatch.setattr(owner, form, edited)
     status, out = lesson(capsys)
     assert status == 1 and "wav: GPT.route and route_plain differ" in out
@@ -670,7 +697,7 @@ REFUSED = {
     "n_block=4 .*3 sublayers or more .*: try one of .1, 2]": {"n_layer": 4, "n_block": 4},
     "n_layer=1 is too short for the 3 sources of a block: add layers": {"n_layer": 1},
     "1 sublayers or more .*: try one of .*6, 12]": {"residual": "attnres", "n_block": 5},
-    "residual='wave' is none of standard, attnres, block_attnres, wav": {"residual": "wave"},
+    f"residual='wave' is none of {', '.join(RESIDUALS)}$": {"residual": "wave"},
     **{f"{k}={v}": {k: v} for k, v in (("n_block", True), ("n_ctx", 0), ("n_layer", -1))},
     **{f"{k}={v}": {k: v} for k, v in (("n_embd", 10**9), ("vocab_size", 1.5), ("dropout", 1.0))},
     **{f"{k}={v}": {k: v} for k, v in (("dropout", math.nan), ("detail_bias", math.inf))},

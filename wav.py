@@ -346,8 +346,8 @@ class GPT(nn.Module):
                 cache = {}
             logits, _ = self(new, cache=cache)
             values, ids = logits[:, -1].float().topk(min(top_k or V, V))  # (B, k), the best first
-            values = (values - values[:, :1]) / max(temperature, 1e-30)
-            drawn = torch.multinomial(values.softmax(-1), num_samples=1)  # (B, 1)
+            probabilities = (values / max(temperature, 1e-30)).softmax(-1)
+            drawn = torch.multinomial(probabilities, num_samples=1)  # (B, 1)
             new = ids.gather(1, drawn)
             window = torch.cat([window, new], dim=1)
             yield new
