@@ -103,7 +103,7 @@ def read_dataset(dataset, data_dir):
         return tinystories(data_dir)
     if dataset == "text8":
         return text8(data_dir)
-    found = os.path.exists(dataset)
+    found = os.path.exists(dataset) and not os.path.isdir(dataset)
     require(found, f"{dataset!r} is neither pydoc, tinystories, text8 nor the path of a text file")
     return text_file(Path(dataset))
 

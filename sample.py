@@ -16,7 +16,7 @@ import torch
 
 import data
 from data import TOKEN
-from train import Parser, count, note_other_code, pick_device, run
+from train import Parser, amount, count, natural, note_other_code, pick_device, run
 from wav import GPT, GPTConfig, require
 
 
@@ -32,9 +32,9 @@ def main(argv=None):
     add("--prompt", default="", help="text to go on from; none: a new line")
     add("--n_tokens", type=count, default=500, help=f"{TOKEN}s to make")
     add("--n_samples", type=count, default=1, help="texts to make")
-    add("--temperature", type=float, default=0.8, help=f"0: always the likeliest {TOKEN}")
-    add("--top_k", type=int, help="draw from the k likeliest only; None: from all")
-    add("--seed", type=int, default=1, help="the same seed makes the same text")
+    add("--temperature", type=amount, default=0.8, help=f"0: always the likeliest {TOKEN}")
+    add("--top_k", type=count, help="draw from the k likeliest only; None: from all")
+    add("--seed", type=natural, default=1, help="the same seed makes the same text")
     add("--device", default="auto", help="auto, cpu, mps, cuda or cuda:N")
     add(
         "--routing",
@@ -73,7 +73,7 @@ def find_checkpoint(out_dir=None):
 
 def load_checkpoint(path, device="cpu"):
     """A model, ready to use, and all that train.py has saved with it. Runs no code in the file."""
-    checkpoint = torch.load(path, map_location=device, weights_only=True)
+    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     note_other_code(checkpoint)
     model = GPT(GPTConfig(**checkpoint["config"])).to(device)
     model.load_state_dict(checkpoint["model"])
@@ -85,7 +85,7 @@ def write_text(model, vocab, args):
     ids = data.encode(args.prompt or "\n", vocab)
     if not args.prompt:
         ids = ids.clip(0)  # the first token, where none is a line end
-    unknown = sorted({token for token, i in zip(args.prompt, ids) if i < 0})
+    unknown = [c for c in sorted(set(args.prompt)) if (data.encode(c, vocab) < 0).any()]
     known = data.decode(range(min(200, len(vocab))), vocab)
     require(not unknown, f"the model never saw {unknown} of the prompt: it knows {known!r}")
     ids = torch.from_numpy(ids)[None].long().to(model.head.weight.device)

@@ -59,10 +59,12 @@ def make_parser():
     add("--overwrite", action="store_true", help="replace the run in out_dir")
     # The model
     add("--residual", default="wav", choices=RESIDUALS, help="what a sublayer reads")
-    add("--n_layer", type=int, default=12, help="layers; each is two sublayers, attention and MLP")
-    add("--n_head", type=int, default=4, help="attention heads")
-    add("--n_embd", type=int, default=128, help="width of the residual stream")
-    add("--n_ctx", type=int, default=128, help=f"context, in {TOKEN}s")
+    add(
+        "--n_layer", type=count, default=12, help="layers; each is two sublayers, attention and MLP"
+    )
+    add("--n_head", type=count, default=4, help="attention heads")
+    add("--n_embd", type=count, default=128, help="width of the residual stream")
+    add("--n_ctx", type=count, default=128, help=f"context, in {TOKEN}s")
     add("--n_block", type=int, help="blocks that the layers are cut into; None: about 8")
     add("--detail_bias", type=float, default=-2.0, help="where the bias of wav's details starts")
     add("--dropout", type=float, default=0.0, help="dropout probability")
@@ -72,10 +74,10 @@ def make_parser():
     add("--max_iters", type=count, default=800, help="steps")
     add("--learning_rate", type=amount, default=3e-3, help="peak learning rate")
     add("--min_lr", type=amount, help="the last one; None: a tenth of learning_rate")
-    add("--warmup_iters", type=amount, default=50, help="steps of linear warm-up")
+    add("--warmup_iters", type=natural, default=50, help="steps of linear warm-up")
     add("--weight_decay", type=amount, default=0.1, help="of matrices, not of queries or biases")
     add("--grad_clip", type=amount, default=1.0, help="largest gradient norm; 0: any")
-    add("--seed", type=int, default=1, help="of initialisation, batches and dropout")
+    add("--seed", type=natural, default=1, help="of initialisation, batches and dropout")
     # Evaluation
     add("--eval_interval", type=count, default=100, help="steps between evaluations")
     add("--eval_windows", type=count, default=320, help=f"windows of n_ctx {TOKEN}s in one")
@@ -86,10 +88,14 @@ def make_parser():
     return parser
 
 
-def count(text):
-    if not 1 <= int(text) <= 10**9:
-        raise argparse.ArgumentTypeError(f"{text} must be a whole number, 1 to 10**9")
+def count(text, least=1):
+    if not least <= int(text) <= 10**9:
+        raise argparse.ArgumentTypeError(f"{text} must be a whole number, {least} to 10**9")
     return int(text)
+
+
+def natural(text):
+    return count(text, least=0)
 
 
 def amount(text):
@@ -164,7 +170,7 @@ def main(argv=None):
     add_gradients(model, val_x[None, :share], val_y[None, :share], autocast)
     idle = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
     require(world == 1 or not idle, f"no gradient for {idle[:3]}: torchrun cannot train it")
-    optimizer.zero_grad()
+    model.zero_grad()
     figures = evaluate(model, val_x[:share], val_y[:share], share, autocast)
     columns = ["step", "train_loss", *figures, "learning_rate", f"{TOKEN}s_per_second", "seconds"]
     network = DistributedDataParallel(model, broadcast_buffers=False) if world > 1 else model
@@ -262,7 +268,7 @@ def main(argv=None):
         loss = add_gradients(network, x, y, autocast)
         torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
         optimizer.step()
-        optimizer.zero_grad()
+        model.zero_grad()  # also of what a fork's optimiser leaves out: the norm sees it
         losses += loss
         step += 1
         bar.update()
@@ -337,6 +343,7 @@ def read_processes():
     require(len(given) == 3, f"{given} without the rest of {names}: torchrun sets all or none")
     values = [os.environ[name] for name in names]
     fits = all(value.isdecimal() for value in values) and int(values[0]) < int(values[2])
+    fits = fits and (values[2] == "1" or "MASTER_ADDR" in os.environ)
     require(fits, f"{names} are {values}: these are no processes of torchrun")
     return tuple(int(value) for value in values)
 
@@ -368,7 +375,7 @@ def pick_dtype(name, device):
 def doubts(args, device):
     """What may make a run slow or a figure wrong."""
     if args.warmup_iters >= args.max_iters:
-        yield f"{args.max_iters:,} steps end within warmup_iters={args.warmup_iters:g}, below the peak"
+        yield f"{args.max_iters:,} steps end within warmup_iters={args.warmup_iters}, below the peak"
     if device.type == "cpu" and hasattr(os, "getloadavg") and torch.get_num_threads() > 1:
         load, cores = os.getloadavg()[0], os.cpu_count()
         if load > cores / 2:
@@ -461,7 +468,8 @@ def catch_ctrl_c(stop):
 
     def handler(number, frame):
         stop.set()
-        signal.signal(number, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         with contextlib.suppress(OSError):  # Ctrl-C has ended `| tee`, too
             os.write(2, b"\nstopping after this step; again to stop now\n")
 
@@ -560,6 +568,7 @@ def run(main):
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a redirected file on Windows has a narrow encoding
             stream.reconfigure(encoding="utf-8", errors="backslashreplace")
+    status = 0
     try:
         version = torch.__version__.split(".")[:2]
         why = "is too old: before 2.10 a checkpoint may hide code that loading runs"
@@ -568,12 +577,11 @@ def run(main):
         sys.stdout.flush()
     except BrokenPipeError:  # `| head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        status = 0
     except KeyboardInterrupt:
         status = 130
     except (Refused, OSError) as error:
         process = f" (process {os.environ['RANK']})" if os.environ.get("RANK") else ""
-        print(f"error{process}: {error}", file=sys.stderr)
+        print(f"error{process}: {' '.join(str(error).split())}", file=sys.stderr)
         status = 2
     sys.exit(status)
 
