@@ -1,750 +1,968 @@
 """
-The claims of train.py, sample.py and data.py, one test each: `pytest .ci/test_scripts.py`.
-
-    python .ci/test_scripts.py --as-on 2 ARGUMENTS    # train.py, as on a host of two CUDA devices
+What train.py, sample.py and data.py promise: `pytest .ci/test_scripts.py`.
 """
 
 import contextlib
-import hashlib
+import copy
+import csv
+import http.server
+import importlib.util
 import io
 import itertools
 import math
 import os
+import pty
 import random
 import re
-import resource
 import signal
 import subprocess
 import sys
+import threading
 import time
-import urllib.request
-from dataclasses import fields
 from pathlib import Path
-from pydoc_data.topics import topics
-from signal import SIGHUP, SIGINT, SIGTERM
-from unittest.mock import Mock
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # several processes share two cores
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import example, given, strategies
-from torch.torch_version import TorchVersion
-
-# isort: off
-from conftest import ANYWHERE, CPU, FILES, GONE, MEMORY, OK, RESUME, ROOT, SAMPLE, SMALL, STORIES
-from conftest import TEXT, TINY, Evil, Killed, command_lines, cuda, decoded, files_in, held
-from conftest import limited_memory, load, log_rows, many, now, pair, python, read, refused, said
-from conftest import some_bytes, steps, stop_at, stretched, stretched_moments, tampered, torchrun
-from conftest import wait_for, zipped
-# isort: on
+import torch.distributed as dist
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.overrides import TorchFunctionMode
 
 import data
 import sample
 import train
-from sample import load_checkpoint, run
-from wav import GPT, KINDS, RESIDUALS, GPTConfig
+import wav
+from wav import GPT, KINDS, RESIDUALS, GPTConfig, Refused
 
-# --------------------------------------------------------------------------------------------------
-# As on CUDA
-
-
-def test_the_stand_in_for_cuda_refuses_what_cuda_refuses():
-    with cuda(2):
-        x = torch.arange(3, device="cuda:1")
-        assert x.device == (x + 1)[:2].device == torch.device("cuda:1") and x.cpu().device == CPU
-        mixed = (lambda: x + torch.ones(3), lambda: x + torch.ones(3).to("cuda:0"), x.pin_memory)
-        for wrong in (torch.device("cuda"), "cuda", "cpu", "cuda:2", *mixed):
-            with pytest.raises((ValueError, AssertionError)):
-                wrong() if callable(wrong) else torch.cuda.set_device(wrong)
+WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog.\n"]
+TEXT = " ".join(random.Random(1).choices(WORDS, k=600))  # no 100 characters come twice
+SHAPE = "--n_layer 4 --n_block 2 --n_embd 16 --n_head 2 --n_ctx 16 --batch_size 4 --eval_windows 7"
+TINY = "--dataset a.txt --out_dir run --device cpu --max_iters 4 --eval_interval 2"
+TINY = f"{TINY} {SHAPE}".split()
+RESUME = ["--out_dir", "run", "--resume"]
+SAMPLE = ["--out_dir", "run", "--n_tokens", "5"]
+LONGER = [*RESUME, "--max_iters", "6"]
 
 
-@pytest.mark.parametrize("residual", RESIDUALS)
-@pytest.mark.parametrize("device", ["", "cuda", "cuda:0", "cuda:1"])
-@pytest.mark.parametrize("n", [0, 1, 2])
-def test_a_run_starts_on_any_number_of_gpus_and_on_each(home, n, device, residual):
-    flags, i = ["--device", device] * (device != ""), int(device[5:] or 0)
-    argv = [*ANYWHERE, *SMALL, "--max_iters", "1", "--residual", residual, *flags]
-    with cuda(n) as seen:
-        if device and i >= n:
-            allowed = ", ".join(["auto", "cpu", "cuda", "cuda:0"][: 2 + 2 * n])
-            for main, args in ((train.main, argv), (sample.main, flags)):
-                refused(main, args, f"error: device='{device}' must be one of {allowed}\n")
-            return
-        out, _ = said(train.main, *argv)
-        assert (f"bfloat16 on cuda:{i}" if n else "float32 on cpu") in out
-        assert not n or f"peak memory {1234 + i:,} MB" in out
-        parts = ["mix", "merge", "offer_at_once", *["Attention", "MLP"] * 2]
-        assert (seen.current, seen.compiled) == ((i, parts) if n else (None, []))
-        # The texts and the starts of evaluation and step flow, the prompt of the sample waits.
-        copies = [(torch.uint8, True)] * 2 + [(torch.int64, True)] * 2 + [(torch.int64, False)]
-        assert [c for c in seen.copies if not c[0].is_floating_point] == copies * (n > 0)
-        said(train.main, *RESUME, "--max_iters", "2", *flags)
-        said(sample.main, *SAMPLE, *flags)
-        said(sample.main, *SAMPLE, "--routing", *flags, code=2 * (residual == "standard"))
+@pytest.fixture(autouse=True)
+def home(tmp_path, monkeypatch):
+    """A working directory with a text in it; what a run changes in this process is put back."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("COLUMNS", raising=False)
+    Path("a.txt").write_text(TEXT)
+    handlers = [(n, signal.getsignal(n)) for n in (signal.SIGINT, signal.SIGTERM)]
+    precision = torch.get_float32_matmul_precision()
+    for name in ("mix", "merge", "offer_at_once"):
+        monkeypatch.setattr(wav, name, getattr(wav, name))
+    some_text = train.some_text  # to save time, the sample that ends a run is made by one test
+    monkeypatch.setattr(train, "some_text", lambda *args: "...")
+    monkeypatch.setattr(train, "real_some_text", some_text, raising=False)
+    yield monkeypatch
+    torch.compiler.set_stance("default")
+    torch.set_float32_matmul_precision(precision)
+    for number, handler in handlers:
+        signal.signal(number, handler)
 
 
-@pytest.mark.parametrize("given", ["auto", "bfloat16", "float32"])
-@pytest.mark.parametrize("n, native", [(1, True), (1, False), (0, True)])
-def test_bf16_is_chosen_only_where_it_is_native(home, n, native, given):
-    dtype = given if given != "auto" else "bfloat16" if n and native else "float32"
-    with cuda(n, native) as seen:
-        argv = [*ANYWHERE, *SMALL, "--max_iters", "1", "--no-compile", "--dtype", given]
-        assert f" parameters, {dtype} on " in said(train.main, *argv)[0]
-    assert (torch.bfloat16 in seen.dtypes) == (dtype == "bfloat16") and not seen.compiled
-    assert seen.autocast == {"cuda" if n else "cpu"}
+def said(main, argv, status=0):
+    """Run a script as `python SCRIPT ARGV` does. What it says on stdout, and on stderr."""
+    out, error = io.StringIO(), io.StringIO()
+    screen = contextlib.redirect_stdout(out), contextlib.redirect_stderr(error)
+    with screen[0], screen[1], pytest.raises(SystemExit) as end:
+        train.run(lambda: main(argv))
+    assert (end.value.code or 0) == status, out.getvalue() + error.getvalue()
+    return out.getvalue(), error.getvalue()
 
 
-# --------------------------------------------------------------------------------------------------
-# Stop, start, resume, crash, refuse
+def refused(main, argv, words):
+    """The script refuses argv: status 2, one line that holds these words, and no file touched."""
+    before = files()
+    _, error = said(main, argv, status=2)
+    error = error.removeprefix("run/best.pt: wav 4x16\n")
+    assert error.startswith("error: ") and error.count("\n") == 1, error
+    assert words in error, error
+    assert files() == before
 
 
-SIGNALS = [*(([n], [], 128 + n, 1) for n in (SIGINT, SIGTERM, SIGHUP)), ([SIGHUP], [SIGHUP], 0, 4)]
-SIGNALS += [([n, m], [], -m, 0) for n in (SIGINT, SIGTERM) for m in (SIGINT, SIGTERM)]
+def files():
+    return {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()}
 
 
-@pytest.mark.parametrize("sent, ignored, code, step", SIGNALS)
-def test_a_signal_stops_a_run_after_its_step_and_a_second_at_once(start, sent, ignored, code, step):
-    process = start(TINY, "a", held, "data", "random_starts", ignored)
-    wait_for(lambda: list(Path().glob("*.held")))
-    line = "" if ignored else "\nstopping after this step; again to stop now\n"
-    for number in sent:
-        os.kill(process.pid, number)
-        wait_for(lambda: Path("a.2").read_text() == line)  # while the step goes on
-    Path("go").touch()
-    process.join(60)
-    assert (process.exitcode, now()) == (code, step) and load_checkpoint("run/ckpt.pt")
-    last = "stopped at step 1 and saved: the same command with --resume goes on"
-    assert (Path("a.1").read_text().splitlines()[-1] == last) == (step == 1)
-    assert code == 0 or run(train.main, [*TINY, "--resume"]) == 0
-    assert steps() == [0, 2, 4] and files_in("run").keys() == FILES
+def read(path="run/ckpt.pt"):
+    return torch.load(path, weights_only=True)
 
 
-def test_ctrl_c_before_the_folder_is_claimed_leaves_none_and_claims_nothing(home):
-    home.setattr(train, "rehearse", lambda *args: signal.raise_signal(SIGINT))
-    assert "saved" not in "".join(said(train.main, *TINY, code=130)) and os.listdir() == ["a.txt"]
+def log(folder="run"):
+    with open(Path(folder, "log.csv")) as file:
+        return list(csv.DictReader(file))
 
 
-def test_ctrl_c_that_ends_tee_too_still_saves(home):
-    flags = [*TINY, *SMALL, "--max_iters", "5000", "--eval_interval", "5000"]
-    script = f"({sys.executable} {ROOT}/train.py {' '.join(flags)}; echo $? > code) 2>&1 | tee log"
-    with subprocess.Popen(["setsid", "bash", "-c", script]) as shell:
-        wait_for(log_rows)
-        os.killpg(shell.pid, SIGINT)
-    assert Path("code").read_text() == "130\n" and now() > 0 and steps()[0] == 0
-    assert "step 0: val 3." in Path("log").read_text()
+def figures(folder="run"):
+    """The rows of log.csv without the columns that hold a clock."""
+    names = ("step", "train_loss", "val_loss", "learning_rate")
+    return [[row[name] for name in names] for row in log(folder)]
 
 
-def test_of_four_runs_started_together_one_goes_on(start):
-    processes = [start(TINY, name, held, "train", "claim") for name in "abcd"]
-    wait_for(lambda: len(list(Path().glob("*.held"))) == 4)
-    Path("go").touch()
-    for process in processes:
-        process.join(60)
-    errors = [Path(f"{name}.2").read_text() for name in "abcd"]
-    assert sorted(errors) == ["", *[f"error: {train.HELD.format('run')}\n"] * 3]
-    assert [process.exitcode for process in processes] == [2 if error else 0 for error in errors]
-    assert files_in("run").keys() == FILES and steps() == [0, 2, 4]
+def assert_same_run(one, two):
+    """Two folders hold the same run, to the bit."""
+    assert figures(one) == figures(two)
+    for name in ("ckpt.pt", "best.pt"):
+        for part in ("model", "moments", "best", "losses"):
+            a, b = read(f"{one}/{name}")[part], read(f"{two}/{name}")[part]
+            torch.testing.assert_close(a, b, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("error", MEMORY)
-@pytest.mark.parametrize("where", [(GPT, "forward"), (torch.optim.AdamW, "step")])
-def test_a_first_batch_that_no_memory_holds_touches_no_folder(finished, where, error):
-    before = files_in(".")
-    finished.setattr(*where, Mock(side_effect=error))
-    for argv in ([*TINY, "--overwrite"], [*TINY, "--out_dir", "new"]):
-        refused(train.main, argv, "out of memory, make batch_size or the model smaller: ")
-    assert files_in(".") == before and not Path("new").exists()
+def stop_after(patch, step, number=signal.SIGINT):
+    """Send this signal while step number `step` is taken."""
+    starts = data.random_starts
+
+    def stopping(*args):
+        if args[-1] == step - 1:
+            signal.raise_signal(number)
+        return starts(*args)
+
+    patch.setattr(data, "random_starts", stopping)
 
 
-def test_a_compiler_that_fails_is_named_and_left_out_but_for_want_of_memory(home):
-    def backend(graph, inputs):
-        raise RuntimeError(reason)
+def python(script, *argv, **env):
+    command = [sys.executable, ROOT / script, *argv]
+    return subprocess.Popen(command, env={**os.environ, **env}, stderr=subprocess.PIPE, text=True)
 
-    compiler = torch.compile
-    home.setattr(torch, "compile", lambda f: compiler(f, backend=backend))
-    reason = "CUDA out of memory"
-    refused(train.main, [*TINY, "--compile"], "error: out of memory, make batch_size or the model")
-    assert os.listdir() == ["a.txt"]
-    reason = "no\nC++ here"
-    (line,) = re.findall("torch.compile failed .*", said(train.main, *TINY, "--compile")[0])
-    assert "no C++ here" in line and line.endswith(": going on without it")
-    said(train.main, *TINY, "--out_dir", "eager")
-    assert [row[:4] for row in log_rows()] == [row[:4] for row in log_rows("eager")]
+
+def wait_for(condition):
+    patience = time.monotonic() + 180
+    while not condition():
+        assert time.monotonic() < patience
+        time.sleep(0.02)
+
+
+# ----------------------------------------------------------------------------------------------
+# Stop and go on
 
 
 @pytest.mark.parametrize("residual", RESIDUALS)
 def test_a_stopped_and_resumed_run_is_the_unbroken_run_to_the_bit(home, residual):
-    flags = [*TINY, "--residual", residual, "--dropout", "0.1", "--max_iters", "12"]
-    flags += ["--eval_interval", "4", "--warmup_iters", "3", "--grad_accum", "2"]
-    said(train.main, *flags, "--out_dir", "whole")
-    claim = train.claim  # stopped as it starts, before an evaluation, between two, at one
-    for step, argv in ((0, flags), (1, RESUME), (5, RESUME), (8, RESUME), (12, RESUME)):
+    argv = [*TINY, "--residual", residual, "--dropout", "0.1", "--grad_accum", "2"]
+    argv += ["--max_iters", "12", "--eval_interval", "4", "--warmup_iters", "3"]
+    train.main([*argv, "--out_dir", "whole"])
+    for step in (1, 5, 8):  # before an evaluation, between two, at one
         with home.context() as patch:
-            stop_at(patch, step - 1)
-            patch.setattr(train, "claim", lambda *a: (claim(*a), signal.raise_signal(SIGTERM)))
-            out, _ = said(train.main, *argv, code=143 if step < 12 else 0)
-        assert step == 12 or out.splitlines()[-1].startswith(f"stopped at step {step} and saved: ")
-        assert now() == step and said(sample.main, *SAMPLE)[0].count("\n") >= 2
+            stop_after(patch, step)
+            out, _ = said(train.main, argv if step == 1 else RESUME, status=130)
+        last = f"stopped at step {step} and saved: the same command with --resume goes on"
+        assert out.splitlines()[-1] == last and read()["step"] == step
+        if step == 1:  # there is no best.pt yet
+            assert "run/ckpt.pt" in said(sample.main, SAMPLE)[1]
         torch.manual_seed(99)
-        if step == 0:  # it can be read, and says what it reads
-            log = rf"{train.LOG_HEADER}0,,3\.\d{{6}},,,0\.0\n"
-            assert re.fullmatch(log, Path("run/log.csv").read_text())
-            assert read()["optimizer"]["state"] == {}, "the first batch left something"
-            assert said(sample.main, *SAMPLE)[1] == f"run/ckpt.pt: {residual} 4x16\n"
-    for name in ("ckpt.pt", "best.pt"):
-        whole, broken = read(f"whole/{name}"), read(f"run/{name}")
-        for checkpoint in (whole, broken):  # their folder, the clock and its figures may differ
-            progress, _ = checkpoint["progress"], checkpoint.pop("settings")
-            del progress["seconds"]
-            assert progress.pop("evaluated")[0] == 12
-            rows = [row.split(",")[:4] for row in progress.pop("log")]
-            assert [row[0] for row in rows] == ["step", "0", "4", "8", "12"]
-            checkpoint["rest"] = [rows, *(checkpoint.pop(n) for n in ("config", "chars", "text"))]
-        assert whole.pop("rest") == broken.pop("rest")
-        torch.testing.assert_close(whole, broken, rtol=0, atol=0)
+    Path("run/log.csv").unlink()  # lost: the checkpoint knows its rows
+    train.main(RESUME)
+    assert_same_run("run", "whole")
+    refused(train.main, RESUME, "run has done 12 steps: give more --max_iters")
 
 
-def test_a_run_killed_at_20_random_moments_leaves_whole_checkpoints(start):
-    flags = [*TINY, *SMALL, "--max_iters", "100000", "--eval_interval", "1", "--eval_batches", "1"]
-    chance, ckpt, done = random.Random(1), Path("run/ckpt.pt"), []
-    saved = lambda: ckpt.stat().st_mtime_ns if ckpt.exists() else 0
-    for i in range(20):
-        before = saved()
-        process = start([*flags, "--resume" if before else "--overwrite"])
-        while i % 4 and saved() == before:  # one in four dies as it starts, the rest as they save
-            time.sleep(0.001)
-        time.sleep(chance.uniform(0.0, 0.1))
-        process.kill()
-        process.join()
-        assert process.exitcode == -signal.SIGKILL
-        assert all(load_checkpoint(path) for path in Path("run").glob("*.pt"))
-        if ckpt.exists():
-            done.append(now())
-            kept = [int(row.split(",")[0]) for row in read()["progress"]["log"][1:]]
-            assert kept == list(range(done[-1] + 1)) and steps() == kept[: len(steps())]
-    assert done == sorted(done) and done[-1] > 20
-    said(train.main, *RESUME, "--max_iters", str(done[-1] + 3))
-    assert steps() == list(range(done[-1] + 4)) and {len(row) for row in log_rows()} == {6}
+def test_sgd_with_momentum_resumes_to_the_bit_and_adamw_does_not_go_on_under_it(home):
+    def sgd(model, args):
+        return torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9)
 
-
-@pytest.mark.parametrize("full", [False, True])
-@pytest.mark.parametrize("call", range(1, 9))  # 2 files at step 0, 3 at step 1, 3 at step 2
-@pytest.mark.parametrize("function", ["fsync", "replace"])
-def test_a_crash_or_a_full_disk_in_any_write_leaves_whole_checkpoints(home, function, call, full):
-    def fail(file, *args):
-        if next(calls) < call:
-            return original(file, *args)
-        before.update({n: b for n, b in files_in("run").items() if not n.endswith(".part")})
-        if full:
-            raise OSError(28, "No space left on device")
-        if function == "fsync":  # half of what was written reached the disk
-            os.ftruncate(file, os.fstat(file).st_size // 2)
-        raise Killed
-
-    calls, original, before = itertools.count(1), getattr(os, function), {}
-    argv = [*TINY, *SMALL, "--max_iters", "2", "--eval_interval", "1", "--warmup_iters", "0"]
-    with home.context() as patch, pytest.raises(OSError if full else Killed):
-        patch.setattr(os, function, fail)
-        train.main(argv)
-    assert before and (files_in("run") == before or not full)
-    assert all(load_checkpoint(path) for path in Path("run").glob("*.pt"))
-    saved, still = Path("run/ckpt.pt").exists(), ["--learning_rate", "0", "--min_lr", "0"]
-    how = ["--resume", "--max_iters", "3", *still] if saved else ["--overwrite"]
-    said(train.main, *argv, *how)
-    best = read("run/best.pt")["progress"]["best"]  # of what is learnt above, for no more is
-    assert float(f"{best:.6f}") <= min(float(row[2]) for row in log_rows()[1:])
-    assert steps()[:3] == [0, 1, 2] and {n for n in files_in("run") if n[-5:] != ".part"} == FILES
-
-
-@pytest.mark.parametrize("call", range(3))
-def test_a_run_killed_as_it_replaces_another_leaves_no_best_without_its_run(finished, call):
-    calls, unlink = iter(range(call)), Path.unlink
-    finished.setattr(Path, "unlink", lambda *args, **how: (next(calls), unlink(*args, **how)))
-    with pytest.raises(StopIteration):
-        train.main([*TINY, "--overwrite"])
-    assert Path("run/ckpt.pt").exists() or not Path("run/best.pt").exists()
-
-
-@pytest.mark.parametrize("stopped", [False, True])
-@pytest.mark.parametrize("bad_update", [6, 7, 8])
-def test_a_nan_never_comes_over_a_good_checkpoint(home, bad_update, stopped):
-    def overflow(parameters, norm):  # update number `bad_update` makes every weight a nan
-        parameters = list(parameters)
-        for p in parameters if next(updates) == bad_update else ():
-            p.grad.fill_(math.inf)
-        return clip(parameters, norm)
-
+    train.main([*TINY, "--out_dir", "adamw"])
+    home.setattr(train, "make_optimizer", sgd)
+    train.main([*TINY, "--out_dir", "whole"])
     with home.context() as patch:
-        stop_at(patch, 4)
-        said(train.main, *TINY, "--max_iters", "12", "--eval_interval", "4", code=143)
-    before, clip, updates = files_in("run"), torch.nn.utils.clip_grad_norm_, itertools.count(6)
-    home.setattr(torch.nn.utils, "clip_grad_norm_", overflow)
-    stop_at(home, bad_update - 1 if stopped else -1)  # in the very step that is bad
-    what = "weights" if stopped and bad_update < 8 else "loss"
-    refused(train.main, RESUME, f"{what} not finite at step", "try a lower --learning_rate or")
-    assert files_in("run") == before
+        stop_after(patch, 3)
+        said(train.main, TINY, status=130)
+    assert all(x["momentum_buffer"].any() for x in read()["moments"].values())
+    train.main(RESUME)
+    assert_same_run("run", "whole")
+    argv = ["--out_dir", "adamw", "--resume", "--max_iters", "6"]
+    refused(train.main, argv, "trained by AdamW: SGD cannot go on with its moments")
 
 
-CHARS = sorted(set(TEXT))
-LIES = [
-    *(("config n_layer", n) for n in (2, 6, 10**6, 10**9, -1, "4", None, 4.0)),
-    *(("config n_embd", n) for n in (8, 32, 10**6, 10**12)),
-    *(("config n_ctx", n) for n in (0, 10**9, True)),
-    *(("config vocab_size", n) for n in (1, 29, 10**12)),
-    *(("config residual", r) for r in ("standard", "nonsense", [])),
-    *(("config n_head", n) for n in (3, 10**9)),
-    *(("config dropout", x) for x in ("a", math.nan)),
-    *(("config n_block", 3), ("config detail_bias", math.inf), ("config unknown", 1)),
-    *(("chars", chars) for chars in (CHARS[::-1], [1, *CHARS[1:]], [*CHARS, "🦊"], "", None)),
-    *(("model more", torch.zeros(1)), ("model head.weight", torch.zeros(16, 28))),  # transposed
-    *(("model embed.weight", GONE), ("model", stretched), ("model", []), ("model", GONE)),
-    *(("settings", GONE), ("settings", None), ("config", GONE), ("config", {"a\nb": 1})),
-    *(("settings dataset", GONE), ("settings data_dir", 3)),
-    *(("", x) for x in (torch.zeros(3), None, {}, {"model": {"w": torch.zeros(2)}, "epoch": 3})),
-]
-NOT_RESUMED = [
-    *((f"progress {f.name}", x) for f in fields(train.Progress) for x in (None, "x", [1])),
-    *((f"settings {f.name}", []) for f in fields(train.Settings)),
-    *((name, x) for name in ("progress", "optimizer", "text") for x in (None, "x", [], GONE)),
-    *(("progress unknown", 1), ("settings beta1", 0.9), ("settings grad_accum", True)),
-    *(("progress evaluated", (0, "x")), ("progress evaluated", (0, torch.zeros(2)))),
-    *(("settings n_layer", 6), ("config dropout", 0.5), ("progress log", ["\ud800"])),
-    *((f"progress {name}", torch.zeros(n)) for name in ("losses", "evaluated") for n in (1, 2)),
-    *((f"optimizer state 0 {name}", stretched_moments) for name in ("exp_avg", "exp_avg_sq")),
-    *(("optimizer state", x) for x in (None, "x", [1], {}, GONE)),
-    *(("optimizer state 0", x) for x in (None, {"step": None, "exp_avg": "x"}, {"a": 1})),
-    *((f"optimizer state 0 {n}", torch.zeros(3, 3)) for n in ("step", "exp_avg", "exp_avg_sq")),
-]
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_finishes_the_step_and_a_second_of_either_kind_leaves_at_once(home, capfd, number):
+    handlers, starts = [], data.random_starts
+
+    def stopping(*args):
+        if args[-1] == 1:
+            signal.raise_signal(number)
+            handlers.extend(signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM))
+        return starts(*args)
+
+    home.setattr(data, "random_starts", stopping)
+    said(train.main, TINY, status=130)
+    assert handlers == [signal.SIG_DFL] * 2 and read()["step"] == 2
+    assert "stopping after this step; again to stop now" in capfd.readouterr().err
 
 
-@pytest.mark.parametrize("place, value", [*LIES, *NOT_RESUMED], ids=lambda value: ascii(value)[:40])
-def test_a_checkpoint_that_lies_is_refused_before_a_model_takes_memory(finished, place, value):
-    def build(config):
-        assert torch.empty(0).device.type == "meta", "a model takes memory"
-        return GPT(config)
-
-    tampered(place, value)
-    before, began = files_in("run"), time.perf_counter()
-    if (place, value) in LIES:
-        finished.setattr(sample, "GPT", build)
-        refused(sample.main, SAMPLE, "best.pt is not a whole checkpoint of train.py")
-    refused(train.main, [*RESUME, "--max_iters", "6"], "")
-    assert files_in("run") == before and time.perf_counter() - began < 3
+def test_ctrl_c_before_the_run_has_a_folder_leaves_none(home):
+    home.setattr(train, "evaluate", lambda *args: signal.raise_signal(signal.SIGINT))
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's & leaves it ignored
+    said(train.main, TINY, status=130)
+    assert not Path("run").exists()
 
 
-@pytest.mark.parametrize("legacy", [False, True])
-@pytest.mark.parametrize("place", ["", "config"])
-def test_a_checkpoint_that_would_run_code_or_is_cut_is_refused_and_runs_none(
-    finished, place, legacy
-):
-    tampered(place, Evil(), legacy)
-    refused(sample.main, SAMPLE, "best.pt is refused")
-    refused(train.main, RESUME, "ckpt.pt is refused")
-    assert not Path("evil").exists()
-    torch.load("run/best.pt", weights_only=False)
-    assert Path("evil").exists(), "the file was not a danger: the test shows nothing"
-    size = Path("run/best.pt").stat().st_size
-    for length in (size - 1, size // 2, 100, 0):
-        os.truncate("run/best.pt", length)
-        refused(sample.main, SAMPLE, "best.pt is")
+def test_ctrl_c_saves_even_if_it_ends_tee_too():
+    argv = " ".join([*TINY, "--max_iters", "50000"])
+    script = f"({sys.executable} {ROOT}/train.py {argv}; echo $? > status) 2>&1 | tee screen"
+    with subprocess.Popen(["setsid", "bash", "-c", script]) as shell:
+        wait_for(lambda: Path("screen").exists() and "step 2:" in Path("screen").read_text())
+        os.killpg(shell.pid, signal.SIGINT)
+    assert Path("status").read_text() == "130\n"
+    step = read()["step"]
+    assert 2 <= step < 50000
+    said(train.main, [*RESUME, "--max_iters", str(step + 1)])
+    assert log()[-1]["step"] == str(step + 1)
 
 
-def test_a_run_goes_on_for_longer_at_another_rate_without_its_log_or_a_new_setting(finished):
-    tampered("settings grad_clip", GONE)
-    tampered("optimizer param_groups", [])  # of another device, perhaps, and another weight decay
-    Path("run/log.csv").write_text("a note")
-    flags = "--max_iters 6 --learning_rate 0.01 --min_lr 0.002 --warmup_iters 2 --weight_decay 0.2"
-    stop_at(finished, 5, Path("run/log.csv").unlink)  # it lives in the checkpoint
-    assert "going on from step 4\n" in said(train.main, *RESUME, *flags.split())[0]
-    assert steps() == [0, 2, 4, 6] and now() == 6 and read()["settings"]["grad_clip"] == 1.0
-    assert 0.002 < float(log_rows()[-1][3]) < 0.01
-    assert [group["weight_decay"] for group in read()["optimizer"]["param_groups"]] == [0.2, 0.0]
-    with finished.context() as patch:
-        stop_at(patch, 6)
-        said(train.main, *RESUME, "--max_iters", "9", code=143)
-    flags = "--max_iters 9 --eval_interval 7 --learning_rate 0.05"
-    out, _ = said(train.main, *RESUME, *flags.split())
-    assert re.search(r"step 7: train \d\.\d{3}, val \d\.\d{3}, [1-9][\d,]* chars/s", out)
-    assert float(log_rows()[-2][3]) <= 0.01, "step 7 had been taken at the rate of before"
+# ----------------------------------------------------------------------------------------------
+# Refused, crashed, broken
 
 
-@pytest.mark.parametrize("other", [RESUME, [*TINY, "--overwrite"]])
-def test_a_run_that_finds_another_ones_work_in_its_folder_ends_and_leaves_it(home, other):
-    once, left = iter([0]), {}
-    meet = lambda: [left.update(said(train.main, *other) and files_in(".")) for _ in once]
-    stop_at(home, 3, meet)
-    refused(train.main, TINY, "another run writes into run: this one ends")
-    assert files_in(".") == left and now() == 4
+def test_a_run_is_replaced_only_on_demand_also_if_two_start_at_once(home):
+    train.main(TINY)
+    refused(train.main, TINY, "run holds a run: --resume goes on with it, --overwrite replaces it")
+    train.main([*TINY, "--overwrite", "--seed", "2"])
+    assert read()["settings"]["seed"] == 2
+    processes = [python("train.py", *TINY, "--out_dir", "both") for _ in range(2)]
+    errors = sorted(process.communicate()[1] for process in processes)
+    assert sorted(process.returncode for process in processes) == [0, 2]
+    assert not errors[0] and errors[1].startswith("error: both holds a run: ")
+    assert [row["step"] for row in log("both")] == ["0", "2", "4"]
+    claim = train.claim  # the other one was a moment faster
+    home.setattr(train, "claim", lambda *args: (claim(*args), claim(*args)))
+    said(train.main, [*TINY, "--out_dir", "third"], status=2)
 
 
-# --------------------------------------------------------------------------------------------------
-# Every bad input is one line
+def test_a_crash_while_a_checkpoint_is_written_leaves_the_last_one(home):
+    def crash(state, path):
+        if state["step"] == 4:
+            Path(path).write_bytes(b"half")
+            raise OSError("No space left on device")
+        write(state, path)
 
-COUNTS = ["n_ctx", "batch_size", "n_layer", "n_embd", "n_head", "n_block"]
-COUNTS += ["grad_accum", "eval_batches"]
-FIXED = "n_embd 32,seed 2,residual standard,n_layer 8,n_head 1,n_ctx 8,n_block 1"
-FIXED = f"{FIXED},dropout 0.5,batch_size 8,grad_accum 2,detail_bias -1,eval_batches 1".split(",")
+    write = torch.save
+    with home.context() as patch:
+        patch.setattr(torch, "save", crash)
+        assert said(train.main, TINY, status=2)[1] == "error: No space left on device\n"
+    assert read()["step"] == read("run/best.pt")["step"] == 2
+    train.main(RESUME)
+    assert [row["step"] for row in log()] == ["0", "2", "4"]
+
+
+@pytest.mark.parametrize("what", ["loss", "evaluation", "weights"])
+def test_a_nan_never_comes_over_a_good_checkpoint(home, what):
+    train.main(TINY)
+    if what == "evaluation":
+        home.setattr(train, "evaluate", lambda *args: {"val_loss": math.nan})
+    else:
+        home.setattr(train, "schedule", lambda args, step: math.nan)  # the loss is so a step later
+    if what == "weights":
+        stop_after(home, 5)
+    argv = [*RESUME, "--max_iters", "20", "--eval_interval", "5" if what == "evaluation" else "20"]
+    refused(train.main, argv, "not finite at step ")
+
+
+SIMILAR = {
+    "other letters": (TEXT.upper(), None),
+    "another order": (TEXT[5:] + TEXT[:5], None),
+    "longer": (TEXT + TEXT[:80], None),
+    "shorter": (TEXT[:-80], None),
+    "cut otherwise": (TEXT[: len(TEXT) * 8 // 10], TEXT[len(TEXT) * 8 // 10 :]),
+    "other text to validate on": (TEXT[: len(TEXT) * 9 // 10], TEXT[:300]),
+}
+
+
+@pytest.mark.parametrize("change", SIMILAR)
+def test_a_run_goes_with_its_text_alone(change):
+    train.main(TINY)
+    text, beside = SIMILAR[change]
+    Path("a.txt").write_text(text)
+    if beside:
+        Path("a_valid.txt").write_text(beside)
+    for main, argv in ((train.main, LONGER), (sample.main, [*SAMPLE, "--routing"])):
+        before = files()
+        _, error = said(main, argv, status=2)
+        words = "error: 'a.txt' is not the text of this run: it has changed, or is cut otherwise\n"
+        assert error.endswith(words) and files() == before
+    said(sample.main, SAMPLE)  # needs no text
+
+
+def test_both_scripts_say_in_a_line_if_wav_py_is_another(home):
+    train.main(TINY)
+    for changed, steps in ((False, "6"), (True, "8")):
+        if changed:
+            Path("wav.py").write_bytes(Path(wav.__file__).read_bytes() + b"# edited\n")
+            home.setattr(wav, "__file__", "wav.py")
+        for main, argv in ((sample.main, SAMPLE), (train.main, [*RESUME, "--max_iters", steps])):
+            lines = "".join(said(main, argv)).splitlines()
+            assert sum("by another wav.py" in line for line in lines) == changed
+
+
+SETTINGS = "max_iters batch_size grad_accum eval_interval eval_windows n_ctx n_head n_embd n_layer"
 BAD = [
-    *(f"--{n} {x}" for n in COUNTS for x in (0, -1, 10**9, "x", 1.5, "")),
-    *(f"--{name} {x}" for name in ("max_iters", "eval_interval") for x in (0, -1, "x", 1.5, "")),
-    *(f"--learning_rate {x}" for x in ("nan", "inf", "-1", "1e400", "x")),
-    *("--min_lr nan", "--weight_decay -1", "--grad_clip nan", "--dropout 1", "--dropout nan"),
-    *("--dropout -0.1", "--warmup_iters -1", "--seed -1", f"--seed {2**63}", f"--seed {10**30}"),
-    *("--detail_bias nan", "--detail_bias 1e300", "--n_ctx 2600", "--n_ctx 263", "--n_lay 3"),
-    *(f"--dataset {x}" for x in ("tinystory", "none.txt", ".", "run", "", "x" * 5000, "a\nb")),
-    *(f"--device {x}" for x in ("tpu", "cuda", "cuda:7", "cuda:-1", "meta", "mps:0:0", "")),
-    *("--dtype float16", "--residual wave", "--n_block 3", "--n_block 4", "--n_head 3"),
-    *("--n_embd 15", "--n_embd 18 --n_head 6", "--unknown", "more", "--n_layer"),
-    "--n_layer 1_000_000_000 --n_block 7",
-]
-TEXTS = [("empty", b"", "2 to 65,536 are allowed"), ("same", b"a" * 100, "2 to 65,536 are allowed")]
-TEXTS += [("zero", b"ab\0cd" * 20, "zero byte"), ("latin", b"caf\xe9", "not UTF-8")]
-TEXTS += [("utf16", "ab".encode("utf-16"), "not UTF-8")]
-DRAWS = "temperature nan,temperature -1,temperature x,temperature -inf,top_k 0,top_k -1,top_k x"
-DRAWS += f",top_k 1.5,seed x,seed {10**30},seed -{10**30},promt x,out_dir nowhere,out_dir a.txt"
-DRAWS += ",n_chars 0,n_chars -1,n_chars x,n_samples 0,n_samples x,device tpu,device cuda:7"
-NEW, HUGE = [*TINY, "--out_dir", "new"], "--batch_size 5_000 --n_ctx 2"  # 40 GB of starts
-REFUSED = [
-    *((train.main, NEW, flags, "") for flags in BAD),
-    *((train.main, [*TINY, "--overwrite"], flags, "") for flags in BAD[::9]),
-    *((train.main, RESUME, f"--max_iters 6 --{flags}", "contradicts") for flags in FIXED),
-    *((train.main, RESUME, f"--max_iters {n}", "has done 4 steps: give a larger") for n in (4, 1)),
-    (train.main, RESUME, "--overwrite", "--resume goes on with a run, --overwrite replac"),
-    (train.main, RESUME, "--out_dir none", "no ckpt.pt to resume in none: --overwrite starts"),
-    (train.main, NEW, "--dataset tinystories --n_head 3", "n_embd=16 must be a multiple of"),
-    (train.main, TINY, "--seed 2", "run holds a run: --resume goes on with it, --out_dir "),
-    *((train.main, TINY, f"--out_dir {x}", x[:5]) for x in ("a.txt/run", "a.txt", "x" * 3000)),
-    *((train.main, NEW, f"{HUGE} --{n} 1_000_000", "out of memory") for n in COUNTS[-2:]),
-    *((train.main, NEW, f"--dataset {file}.txt", words) for file, _, words in TEXTS),
-    *((sample.main, SAMPLE, f"--{flags}", "") for flags in DRAWS.split(",")),
-    *((sample.main, SAMPLE, f"--prompt {x}", x[-4]) for x in ("the\u20accat", "0cat")),
-    (sample.main, [], "--n_chars 5", "no run under out/: run `python train.py` first, or give"),
-]
-
-
-@pytest.mark.parametrize("main, argv, flags, word", REFUSED, ids=lambda value: ascii(value)[:40])
-def test_what_cannot_work_is_named_in_a_line_and_touches_no_file(finished, main, argv, flags, word):
-    for file, content, _ in TEXTS:
-        Path(f"{file}.txt").write_bytes(content)
-    finished.setattr(torch.cuda, "is_available", lambda: False)
-    name, _, value = flags.removeprefix("--").partition(" ")  # "--n_ctx " gives an empty value
-    before, began = files_in("."), time.perf_counter()
-    word = word or (value.split("\n")[0][:500] if name in ("dataset", "out_dir") else name)
-    with limited_memory():
-        refused(main, [*argv, *flags.split(" ")], word)
-    after = {path: x for path, x in files_in(".").items() if HUGE not in flags or path[:3] != "new"}
-    assert after == before and time.perf_counter() - began < 3
-
-
-def test_another_text_is_refused_and_a_window_must_fit(finished):
-    for length, word in ((len(TEXT) - 1, "not this run's text"), (170, "n_ctx=16 needs 18 of e")):
-        Path("a.txt").write_text(TEXT[:length])
-        refused(train.main, [*RESUME, "--max_iters", "6"], word)
-    Path("a.txt").write_text(TEXT[:171])  # its last tenth is 18 characters, n_ctx + 2
-    said(train.main, *TINY, "--overwrite", "--seed", "2", "--max_iters", "1")
-    assert read()["settings"]["seed"] == 2 and steps() == [0, 1]
-    for name in ("ckpt.pt", "log.csv"):  # best.pt alone is worth as much
-        Path("run", name).unlink()
-        refused(train.main, TINY, "run holds a run")
-
-
-def test_a_torch_that_is_too_old_is_refused_in_one_line(home):
-    for version, code in (("2.10.0+cpu", 0), ("2.13.0", 0), ("2.9.1", 2)):
-        home.setattr(torch, "__version__", TorchVersion(version))
-        said(lambda argv: None, code=code)
-    for main in (train.main, sample.main):
-        refused(main, TINY, "error: torch 2.9.1 is too old: 2.10 or newer\n")
-
-
-# --------------------------------------------------------------------------------------------------
-# Sampling
-
-
-UNUSUAL = [
-    *((["--prompt", text], text, len(text) + 5) for text in ("", TEXT[:300])),
-    *((["--temperature", x], "", 5) for x in ("0", "1e-45", "1e-300", "1e300", "inf")),
-    *(([f"--{name}", x], "", 5) for name, x in (("seed", "-1"), ("top_k", str(10**30)))),
-    (["--n_chars", "40", "--device", "cpu"], "", 40),  # past n_ctx
-    (["--n_samples", "2"], "", 2 * 5 + 82),  # a line between
+    *((train, f"--{name} 0", f"--{name}: 0 must be a whole number") for name in SETTINGS.split()),
+    (train, "--seed -1", "--seed: -1 must be a whole number, 0 to 10**9"),
+    (train, "--seed", "--seed: expected one argument"),
+    (train, "--warmup_iters 1.5", "--warmup_iters: invalid"),
+    (train, "--learning_rate nan", "nan must be a number, 0 or more"),
+    (train, "--learning_rate inf", "inf must be a number, 0 or more"),
+    (train, "--learning_rate 1e-4 --min_lr 3e-4", "min_lr=0.0003 is above learning_rate=0.0001"),
+    (train, "--weight_decay=-1", "--weight_decay: -1 must be a number"),
+    (train, "--grad_clip=-1", "--grad_clip: -1 must be a number"),
+    (train, "--dropout 1", "dropout=1.0 must be at least 0 and below 1"),
+    (train, "--detail_bias nan", "detail_bias=nan must be from"),
+    (train, "--n_head 3", "n_embd=16 must be a multiple of 2 n_head=6"),
+    (train, "--n_block 3", "n_block=3 does not cut n_layer=4"),
+    (train, "--n_ctx 5000", "n_ctx=5000 needs 5,002 of each"),
+    (train, "--residual wave", "invalid choice: 'wave'"),
+    (train, "--device cuda:7", "device='cuda:7' is not here: try auto or one of cpu"),
+    (train, "--dtype float16", "invalid choice: 'float16'"),
+    (train, "--batch 2", "unrecognized arguments: --batch 2"),
+    (train, "--dataset nothing.txt", "is neither pydoc, tinystories, text8 nor the path"),
+    (train, "--dataset .", "is neither pydoc, tinystories, text8 nor the path"),
+    (train, "--dataset latin.txt", "latin.txt is not UTF-8 text, at byte 2"),
+    (train, "--dataset empty.txt", "has 0 different characters"),
+    (train, "--dataset one.txt", "has 1 different characters"),
+    (train, "--out_dir a.txt", "File exists: 'a.txt'"),
+    (train, "--out_dir run", "run holds a run"),
+    (train, "--out_dir none --resume", "there is no none/ckpt.pt to resume"),
+    (train, "--out_dir run --resume --overwrite", "--overwrite replaces it"),
+    (train, "--out_dir run --resume", "run has done 4 steps"),
+    (train, "--out_dir run --resume --max_iters 6 --n_embd 32", "n_embd=32 contradicts 16"),
+    (train, "--out_dir run --resume --max_iters 6 --eval_windows 8", "contradicts 7, of the run"),
+    (sample, "--out_dir none", "none holds no run"),
+    (sample, "", "no run under out/: run `python train.py` first"),
+    (sample, "--out_dir run --prompt 0ox", "the model never saw ['0'] of the prompt: it knows"),
+    (sample, "--out_dir run --temperature=-1", "-1 must be a number, 0 or more"),
+    (sample, "--out_dir run --top_k 0", "--top_k: 0 must be a whole number, 1 to"),
+    (sample, "--out_dir run --n_tokens 0", "--n_tokens: 0 must be a whole number, 1 to"),
+    (sample, "--out_dir run --device tpu", "device='tpu' is not here"),
+    (sample, "--out_dir standard --routing", "residual='standard' has no mixing weights to show"),
 ]
 
 
-@pytest.mark.parametrize("flags, start, length", UNUSUAL)
-def test_unusual_sampling_arguments_work_and_a_seed_makes_one_text(finished, flags, start, length):
-    seeds = ([], [], ["--seed", "7"])
-    text, again, other = (said(sample.main, *SAMPLE, *flags, *seed)[0] for seed in seeds)
-    assert text.startswith(start) and len(text) == length + 1 and text == again
-    cold = flags[-1] in ("0", "1e-45", "1e-300")
-    assert not cold or text == said(sample.main, *SAMPLE, "--top_k", "1")[0], "the likeliest"
-    assert (text == other) == cold
+def test_what_a_person_can_mend_is_said_in_one_line_and_touches_no_file():
+    assert len(BAD) >= 28
+    train.main(TINY)
+    train.main([*TINY, "--out_dir", "standard", "--residual", "standard"])
+    Path("latin.txt").write_bytes(b"na\xefve " * 99)
+    Path("empty.txt").write_text("")
+    Path("one.txt").write_text("a" * 999)
+    for script, flags, words in BAD:
+        argv = flags.split()
+        if script is train and "--resume" not in argv:
+            argv = [*TINY, "--out_dir", "new", *argv]
+        before = files()
+        out, error = said(script.main, argv, status=2)
+        *notes, line = error.splitlines()
+        assert line.startswith("error: ") and words in line, (flags, error)
+        assert all(re.fullmatch(r"note: .*|.*: (wav|standard) 4x16", note) for note in notes), error
+        assert files() == before and not Path("new").exists(), flags
+        assert script is train or not out, flags
 
 
-MAPS = [("attnres", 12, 24), *((residual, 4, 2) for residual in KINDS if residual != "attnres")]
+names = st.sampled_from([f"--{name}" for name in vars(train.make_parser().parse_args([]))])
+odd = st.sampled_from(["", "wav", "pydoc", "-", "--", "nan", "1e9", "9" * 5000, "0.5", "\n0"])
+values = st.one_of(st.integers(-3, 300).map(str), st.floats().map(str), odd, st.text(max_size=8))
 
 
-@pytest.mark.parametrize("residual, n_layer, n_block", MAPS)
-def test_the_map_has_a_row_for_each_reader(home, residual, n_layer, n_block):
-    said(train.main, *TINY, "--residual", residual, "--n_layer", f"{n_layer}", "--max_iters", "1")
-    weights, means = said(sample.main, *SAMPLE, "--routing")[0].split("\n\n")
-    title, line, *rows = weights.splitlines()
-    assert title == f"{residual} {n_layer}x16: mixing weights in percent"
-    heads = [f"{kind[:3]}{block + 1}" for block in range(n_block) for kind in KINDS[residual]]
-    running = [head for head in line.split() if head.endswith("+")]
-    assert line.split() == ["x0", *running, *heads] and rows[0] == "attention 1    █100"
-    assert [row.split()[0] for row in rows] == ["attention", "MLP"] * n_layer + ["output"]
-    title, line, *rows = means.splitlines()
-    kinds = ["x0", *["running"] * (residual != "attnres"), *KINDS[residual]]
-    assert "mean ± deviation" in title and line.split() == kinds
-    figures = [re.findall(r"([\d.]+) ±[ \d]+\.\d \([ \d]+\.\d\)", row) for row in rows]
-    assert all(len(row) == len(kinds) and abs(sum(map(float, row)) - 100) < 1 for row in figures)
+@settings(max_examples=60, deadline=None, derandomize=True, database=None)
+@given(st.lists(st.one_of(names, values), max_size=6))
+def test_any_command_line_is_read_or_refused_in_one_line(argv):
+    with contextlib.redirect_stderr(io.StringIO()) as error, pytest.raises(SystemExit) as end:
+        train.run(lambda: train.read_settings(argv) and None)
+    assert (end.value.code or 0, error.getvalue().count("\n")) in ((0, 0), (2, 1)), argv
 
 
-def test_text_and_map_are_utf8_whatever_the_encoding_and_head_ends_it_quietly(home):
-    Path("a.txt").write_text("naïve 🦊 " * 300, encoding="utf-8")
-    said(train.main, *TINY, "--max_iters", "1")
-    line = f"{sys.executable} {ROOT}/sample.py --out_dir run"
-    script = f"{line} --prompt 🦊 --n_chars 3000 | head -c 20; echo $PIPESTATUS"
-    script = f"export PYTHONIOENCODING=ascii; {script}; {line} --routing > map"
-    done = subprocess.run(["bash", "-c", script], check=True, capture_output=True)
-    assert done.stdout.startswith("🦊".encode()) and done.stdout[20:] == b"0\n"
-    assert done.stderr == b"run/best.pt: wav 4x16\n" * 2
-    assert "attention 1    █100\n" in Path("map").read_text(encoding="utf-8")
-
-
-# --------------------------------------------------------------------------------------------------
-# Downloads, from a server that may misbehave; texts
-
-
-@pytest.mark.parametrize("ranges", [True, False])
-def test_a_download_is_kept_whole_but_for_a_character_that_is_cut(serve, ranges):
-    requests = serve(ranges=ranges)
-    for first in range(1000, 1000 + 80):  # the cut falls on every byte of a story
-        data.TINYSTORIES_BYTES = first  # put back by serve
-        for _ in range(2):  # the second time from the disk
-            train_ids, val_ids, chars = data.load("tinystories", f"data/{first}")
-        text = decoded(train_ids, chars)
-        assert STORIES.decode().startswith(text) and first - 8 <= len(text.encode()) <= first
-        assert decoded(val_ids, chars) == STORIES.decode()
-        ask = [("/TinyStories-train.txt", f"bytes=0-{first - 1}"), ("/TinyStories-valid.txt", None)]
-        assert requests[-2:] == ask
-    assert len(requests) == len(files_in("data")) == 2 * 80
-
-
-SERVERS = [
-    ("it ended after", {"head": OK + "0"}),  # it offers ten times what it sends
-    ("it ended after", {"first": 5000}),
-    ("timed out", {"head": OK + "0", "hang": 1}),
-    ("404", {"head": "HTTP/1.0 404 Not Found"}),
-    ("SSH", {"head": "SSH-2.0-OpenSSH_9.6"}),
-    ("not TinyStories", {"body": b"<html>log in first</html>"}),
-    ("offers 1,000,000,000,000 bytes", {"head": OK.replace("{length}", str(10**12))}),
-    ("offers 0 bytes", {"head": "HTTP/1.0 200 OK"}),
-    ("many", {"head": OK.replace("{length}", "many")}),
-    ("not allowed", {"head": "HTTP/1.0 302 Found\r\nLocation: file:///etc/passwd"}),
-    ("", {"head": "HTTP/1.0 302 Found\r\nLocation: http://127.0.0.1:0/"}),  # nobody is there
-    ("it was redirected to http:", {"first": 1000}),  # from https, as below
+VARIABLES = [
+    {"RANK": "1"},
+    {"WORLD_SIZE": "2"},
+    {"LOCAL_RANK": "0", "WORLD_SIZE": "2"},
+    {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "0"},
+    {"RANK": "2", "LOCAL_RANK": "0", "WORLD_SIZE": "2"},
+    {"RANK": "a", "LOCAL_RANK": "0", "WORLD_SIZE": "2"},
+    {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2"},  # and no MASTER_ADDR
+    {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "3", "MASTER_ADDR": "x", "MASTER_PORT": "1"},
 ]
 
 
-@pytest.mark.parametrize("word, server", SERVERS)
-def test_a_bad_download_says_so_in_one_line_and_leaves_nothing(serve, home, word, server):
-    # A server may claim any size for a file of which only the beginning is wanted.
-    serve(**{"first": None, **server})
-    url, urlopen, began = data.TINYSTORIES_URL, urllib.request.urlopen, time.perf_counter()
-    if "redirected" in word:
-        home.setattr(data, "TINYSTORIES_URL", "https://127.0.0.1/")
-        home.setattr(urllib.request, "urlopen", lambda *args, **_: urlopen(url))
-    refused(load, ["tinystories"], "download of http", word, "(--dataset pydoc needs no network)")
-    assert files_in(".").keys() == {"a.txt"} and time.perf_counter() - began < 5
+@pytest.mark.parametrize("variables", VARIABLES)
+def test_the_variables_of_a_cluster_that_make_no_sense_are_refused_in_one_line(home, variables):
+    for name, value in variables.items():
+        home.setenv(name, value)
+    _, error = said(train.main, TINY, status=2)
+    assert re.fullmatch(r"error.*(torchrun|each of 3 processes).*\n", error)
 
 
-def test_text8_is_checked_and_its_zip_creates_no_file_beside_itself(serve, home):
-    letters = "abcdefghijklmnopqrstuvwxyz " * 3
-    body = zipped({"../../evil.txt": "x", "/tmp/evil8": "x", "text8": letters})
-    serve(body)
-    refused(load, ["text8", "a/b/c"], "what came has md5", "--dataset pydoc")
-    assert files_in(".").keys() == {"a.txt"}
-    home.setattr(data, "TEXT8_MD5", hashlib.md5(body).hexdigest())
-    assert decoded(*data.load("text8", "a/b/c")[::2]) == letters
-    assert files_in(".").keys() == {"a.txt", "a/b/c/text8.zip"} and not os.path.exists("/tmp/evil8")
-    whole = zipped({"text8": letters})
-    rotten = whole[:40] + b"\xff" * 4 + whole[44:]
-    for content in (whole[: len(whole) // 2], rotten, zipped({"readme": "x"})):
-        Path("a/b/c/text8.zip").write_bytes(content)
-        refused(load, ["text8", "a/b/c"], "text8.zip is damaged")
+@pytest.mark.parametrize("version, status", [("2.10.0a0+vendor", 0), ("2.9.1", 2), ("3.0.0", 0)])
+def test_a_torch_that_is_too_old_is_refused_with_the_reason(home, version, status):
+    home.setattr(torch, "__version__", version)
+    _, error = said(lambda argv: None, [], status)
+    assert ("torch 2.9.1 is too old: before 2.10 a checkpoint may hide code" in error) == status / 2
 
 
-def test_a_download_needs_no_progress_bar(serve):
-    serve()
-    code = f"data.TINYSTORIES_URL = {data.TINYSTORIES_URL!r}; data.TINYSTORIES_BYTES = 999"
-    python(f"import data; {code}; data.load('tinystories')", TQDM_DISABLE="1")
-    assert len(files_in("data")) == 2
+@pytest.mark.parametrize("flags", [[], ["--compile"]])
+def test_a_forks_own_error_keeps_its_traceback(home, flags):
+    def forked(mlp, h, cache=None):
+        raise ValueError("too many values to unpack")
+
+    compiler = torch.compile
+    home.setattr(torch, "compile", lambda f: compiler(f, backend="eager"))
+    home.setattr(wav.MLP, "forward", forked)
+    with pytest.raises(ValueError, match="too many values to unpack") as error:
+        train.run(lambda: train.main([*TINY, *flags]))
+    assert not isinstance(error.value, Refused) and "torch.compile" not in str(error.value)
+    assert error.traceback[-1].name == "forked" or "forked" in str(error.getrepr())
 
 
-@many
-@given(some_bytes, strategies.none() | some_bytes)
-@example("".join(map(chr, range(100, 100 + 256))).encode() * 9, None)
-@example("".join(map(chr, range(100, 100 + 50000))).encode() * 9, None)
-@example("\ufeffnaïve 👩‍👩‍👧 e\u0301 \u2028\x85\x0c\x1c\r\n".encode() * 9, "🦊é".encode())
-def test_any_bytes_are_a_text_or_refused_in_one_line(tmp_path_factory, content, beside):
-    path = tmp_path_factory.mktemp("bytes") / "a.md"
-    for name, part in (("a.md", content), ("a_valid.md", beside)):
-        part is None or path.with_name(name).write_bytes(part)
-    try:
-        with contextlib.redirect_stderr(io.StringIO()) as said:
-            train_ids, val_ids, chars = data.load(str(path))
-    except ValueError as error:
-        assert str(error) and "\n" not in str(error)
-        return
-    files = (io.BytesIO(part or b"") for part in (content, beside))
-    text, val = (io.TextIOWrapper(file, "utf-8-sig").read() for file in files)
-    n = len(text) * 9 // 10 if beside is None else len(text)
-    text, val = text[:n], text[n:] or val
-    dropped = sum(c not in text for c in val)
-    assert decoded(train_ids, chars) == text and chars == sorted(set(text))
-    assert decoded(val_ids, chars) == "".join(c for c in val if c in text)
-    assert train_ids.dtype == val_ids.dtype == (np.uint8 if len(chars) <= 256 else np.uint16)
-    assert (f"dropped {dropped:,} of {len(val):,} " in said.getvalue()) == (dropped > 0)
-    assert all(repr(c) in said.getvalue() for c in sorted({*val} - {*text})[:10])
+# ----------------------------------------------------------------------------------------------
+# Training
 
 
-@many
-@given(command_lines)
-def test_any_command_line_works_or_is_refused_in_one_line(argv):
-    error, code = io.StringIO(), 0
-    out = contextlib.redirect_stdout(io.StringIO())
-    with contextlib.redirect_stderr(error), out, contextlib.suppress(SystemExit):  # of -h
-        code = run(lambda argv: train.read_settings(argv) and 0, argv)
-    assert (code, error.getvalue().count("\n")) in ((0, 0), (2, 1))
+@pytest.mark.parametrize("peak, floor", [(1e-4, None), (3e-3, None), (0, None), (1, 0), (1, 1)])
+def test_the_rate_warms_up_and_falls_to_a_tenth_and_never_exceeds_its_peak(peak, floor):
+    for warmup, n in itertools.product((0, 1, 10, 200), (1, 110)):
+        argv = f"--learning_rate {peak} --warmup_iters {warmup} --max_iters {n}".split()
+        argv += ["--min_lr", str(floor)] if floor is not None else []
+        args = train.make_parser().parse_args(argv)
+        rates = [train.schedule(args, step) * peak for step in range(n)]
+        assert max(rates) <= peak * (1 + 1e-9)
+        assert rates[:warmup] == pytest.approx([peak * (i + 1) / warmup for i in range(warmup)][:n])
+        assert rates[warmup:] == sorted(rates[warmup:], reverse=True)
+        if warmup < n > 1:
+            least = peak / 10 if floor is None else floor
+            middle = warmup + (n - warmup) // 2
+            assert train.schedule(args, n) * peak == pytest.approx(least)
+            assert rates[middle] == pytest.approx((peak + least) / 2, rel=0.02)
 
 
-def test_pydoc_is_split_by_pieces_and_always_in_the_same_way():
-    whole, (text, val) = "\n\n".join(topics[name] for name in sorted(topics)), data.pydoc(None)
-    assert whole[:40000] == text[:36000] + val[:4000] and len(whole) == len(text + val)
-    assert whole[40000:80000] == text[36000:72000] + val[4000:8000]
+def test_a_warm_up_that_does_not_end_within_the_run_is_said(home):
+    assert "note: 4 steps end within warmup_iters=50" in said(train.main, TINY)[0]
+    out, _ = said(train.main, [*TINY, "--out_dir", "b", "--warmup_iters", "2"])
+    assert "warmup" not in out
 
 
-def test_batches_are_windows_drawn_by_seed_and_step_alone_and_targets_one_later():
-    ids, seen = np.arange(1000, dtype=np.uint16), set()
-    for seed, step in ((1, 5), (1, 6), (2, 5), (1, 5)):
-        _ = np.random.seed(len(seen)), torch.manual_seed(len(seen))
-        seen.add(data.random_starts(ids, 16, (2, 3, 4), seed, step).tobytes())
-    assert len(seen) == 3
-    starts = data.random_starts(ids[:18], 16, 1000, seed=1, step=1)
-    assert set(starts) == {0, 1}, "every window that fits can be drawn, and no other"
-    x, y = data.windows(data.to_device(ids, CPU), 16, torch.tensor(data.even_starts(ids, 16, (5,))))
-    assert torch.equal(x + 1, y) and (x.shape, x[0, 0], y[-1, -1]) == ((5, 16), 0, 999)
+def test_threads_that_wait_for_each_other_are_said(home):
+    home.setattr(torch, "get_num_threads", lambda: 2)
+    home.setattr(os, "cpu_count", lambda: 2)
+    for load in (0.5, 3.0):
+        home.setattr(os, "getloadavg", lambda load=load: (load, 0, 0))
+        notes = [*train.doubts(train.make_parser().parse_args([]), torch.device("cpu"))]
+        assert ["OMP_NUM_THREADS=1" in note for note in notes] == [True] * (load > 1)
 
 
-# --------------------------------------------------------------------------------------------------
-# Training, in one process and in two
+def test_an_evaluation_is_the_same_for_every_batch_size():
+    losses = set()
+    for n in (1, 2, 5, 16):
+        out_dir = f"run{n}"
+        train.main([*TINY, "--out_dir", out_dir, "--max_iters", "1", "--batch_size", f"{n}"])
+        losses.add(round(float(log(out_dir)[0]["val_loss"]), 5))
+    text = data.load("a.txt")
+    torch.manual_seed(1)
+    model = GPT(GPTConfig(len(text.vocab), n_ctx=16, n_layer=4, n_block=2, n_head=2, n_embd=16))
+    starts = np.linspace(0, len(text.val) - 17, 7).astype(int)
+    x = torch.tensor(np.stack([text.val[i : i + 17] for i in starts])).long()
+    expected = [model(row[None, :-1], row[None, 1:])[1].item() for row in x]
+    assert [*losses] == pytest.approx([np.mean(expected)], abs=2e-5)
 
 
-@pytest.mark.parametrize("tty", [False, True])
-def test_a_run_says_what_it_does_line_by_line_and_lowers_the_loss(home, tty):
-    home.setenv("RANK", "")
-    out, error = said(train.main, *TINY, "--max_iters", "40", "--eval_interval", "20", tty=tty)
-    step = r"train \d\.\d{3}, val \d\.\d{3}, [\d,]+ chars/s"
-    lines = [
-        r"a\.txt: 2,376 characters to learn from, 264 to validate, a vocabulary of 28; 64 a step",
-        r"wav 4x16, 2 blocks: [\d,]+ parameters, float32 on cpu, into run/",
-        *(r"step 0: val 3\.\d{3}", f"step 20: {step}", f"step 40: {step}"),
-        r"wav 4x16: best validation loss (\d\.\d{4}) nats \(\d\.\d{4} bits\) per character",
-        r"[\d,]+ chars/s, \d+ s, peak memory [\d,]+ MB",
-    ]
-    best = re.fullmatch("\n".join([*lines, r".{2}\n"]), out, re.DOTALL)[1]
-    assert ("40/40" in error and "chars/s" in error) if tty else error == ""
-    assert f": {sum(w.numel() for w in read()['model'].values()):,} parameters" in out
-    losses = [float(row[2]) for row in log_rows()]
-    assert losses == sorted(losses, reverse=True) and losses[0] < math.log(28) + 0.1
-    assert float(best) == pytest.approx(losses[-1], abs=1e-4) and files_in("run").keys() == FILES
+def a_tenth_for_queries(kind):
+    def make_optimizer(model, args):
+        queries = [p for name, p in model.named_parameters() if name == "query"]
+        rest = [p for name, p in model.named_parameters() if name != "query"]
+        groups = [{"params": queries, "lr": args.learning_rate / 10}, {"params": rest}]
+        return kind(groups, lr=args.learning_rate)
+
+    return make_optimizer
 
 
-def test_the_learning_rate_warms_up_and_falls_along_a_cosine():
-    s = train.Settings(learning_rate=1.0, min_lr=0.1, warmup_iters=10, max_iters=110)
-    rates = [train.learning_rate(s, step) for step in range(110)]
-    assert rates[:10] == pytest.approx([0.1 * i for i in range(1, 11)])
-    assert rates[10:] == sorted(rates[10:], reverse=True)
-    assert (rates[60], rates[-1]) == pytest.approx((0.55, 0.1), abs=1e-3)
+OPTIMIZERS = {
+    "AdamW": train.make_optimizer,
+    "SGD": lambda model, args: torch.optim.SGD(model.parameters(), lr=0.3, momentum=0.9),
+    "SGD, rates of groups": a_tenth_for_queries(torch.optim.SGD),
+    "AdamW, rates of groups": a_tenth_for_queries(torch.optim.AdamW),
+}
 
 
-def test_gradient_accumulation_is_the_larger_batch_and_dropout_is_drawn_anew(home):
-    seeds, seed = [], torch.manual_seed
-    home.setattr(torch, "manual_seed", lambda n: seeds.append(n) or seed(n))
-    said(train.main, *TINY, "--batch_size", "8")
-    assert len(set(seeds)) == 1 + 4  # of initialisation, and of four steps
-    said(train.main, *TINY, "--grad_accum", "2", "--out_dir", "two")
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_the_first_batch_changes_nothing_whatever_the_optimizer(home, name):
+    def without(function, result):
+        """The function, but the first call does nothing."""
+        results = itertools.chain([result], itertools.repeat(None))
+        return lambda *args: next(results) or function(*args)
+
+    argv = [*TINY, "--dropout", "0.2"]
+    home.setattr(train, "make_optimizer", OPTIMIZERS[name])
+    train.main(argv)
+    home.setattr(train, "add_gradients", without(train.add_gradients, 1.0))
+    home.setattr(train, "evaluate", without(train.evaluate, {"val_loss": 1.0}))
+    train.main([*argv, "--out_dir", "without"])
+    assert_same_run("run", "without")
+
+
+def test_a_groups_own_rate_counts_in_every_step_and_the_log_holds_the_schedules(home):
+    class Noting(torch.optim.SGD):
+        def step(self):
+            rates.append([group["lr"] for group in self.param_groups])
+            super().step()
+
+    rates = []
+    home.setattr(train, "make_optimizer", a_tenth_for_queries(Noting))
+    argv = [*TINY, "--eval_interval", "1", "--warmup_iters", "2", "--learning_rate", "0.5"]
+    train.main(argv)
+    args = train.make_parser().parse_args(argv)
+    scheduled = [0.5 * train.schedule(args, step) for step in range(4)]
+    assert rates == [[pytest.approx(rate / 10), pytest.approx(rate)] for rate in scheduled]
+    logged = [float(row["learning_rate"]) for row in log()[1:]]
+    assert logged == pytest.approx(scheduled, rel=1e-5)
+
+
+def test_what_an_optimizer_leaves_out_keeps_no_gradient(home):
+    def all_but_queries(model, args):
+        return torch.optim.SGD([p for n, p in model.named_parameters() if n != "query"], lr=0.1)
+
+    def noting(parameters, norm):
+        norms.append(clip([p for p in parameters if p.requires_grad], norm).item())
+
+    norms, clip = [], torch.nn.utils.clip_grad_norm_
+    home.setattr(train, "make_optimizer", all_but_queries)
+    home.setattr(train, "schedule", lambda args, step: 0.0)  # the same weights in every step
+    home.setattr(data, "random_starts", lambda n, n_ctx, shape, *seed: np.zeros(shape, np.int64))
+    home.setattr(torch.nn.utils, "clip_grad_norm_", noting)
+    train.main(TINY)
+    assert norms == pytest.approx([norms[0]] * 4, rel=1e-5)
+
+
+def test_what_decays_is_two_dimensional_and_called_weight():
+    model = GPT(GPTConfig(11, n_layer=2, n_embd=8, n_head=2))
+    model.scales = torch.nn.Parameter(torch.ones(4, 8))  # a fork's, of every layer
+    model.norm = torch.nn.LayerNorm(8)
+    model.more = torch.nn.Linear(8, 8)
+    args = train.make_parser().parse_args([])
+    matrices, rest = train.make_optimizer(model, args).param_groups
+    names = {id(p): name for name, p in model.named_parameters()}
+    assert (matrices["weight_decay"], rest["weight_decay"]) == (0.1, 0.0)
+    kept = {"query", "detail_bias", "scales", "norm.weight", "norm.bias", "more.bias"}
+    assert {names[id(p)] for p in rest["params"]} == kept
+    assert len(matrices["params"]) == 2 * 5 + 2 + 1  # qkv, proj, gate, up, down; embed, head; more
+
+
+def test_another_figure_at_each_evaluation_is_one_edit(home):
+    def more(*args):
+        return {**evaluate(*args), "entropy": 1.25}
+
+    evaluate = train.evaluate
+    train.main([*TINY, "--out_dir", "before"])
+    resume_before = ["--out_dir", "before", *LONGER[2:]]
+    with home.context() as patch:
+        patch.setattr(train, "evaluate", more)
+        out, _ = said(train.main, TINY)
+        refused(train.main, resume_before, "log.csv has ['step', 'train_loss', 'val_loss', 'lear")
+    assert [row["entropy"] for row in log()] == ["1.25"] * 3
+    lines = re.findall(r"step \d: .*val \d\.\d{3}, entropy 1\.250", out)
+    assert len(lines) == 3
+    refused(train.main, LONGER, "'entropy'")
+
+
+def test_gradient_accumulation_is_the_larger_batch():
+    train.main([*TINY, "--batch_size", "8"])
+    train.main([*TINY, "--grad_accum", "2", "--out_dir", "two"])
     torch.testing.assert_close(read()["model"], read("two/ckpt.pt")["model"], rtol=1e-4, atol=1e-6)
 
 
-def test_matrices_decay_by_their_shape_whatever_a_fork_calls_them():
-    model = GPT(GPTConfig(11, n_layer=2, n_embd=8, n_head=2))
-    model.more, model.gain = (torch.nn.Parameter(torch.ones(*size)) for size in ((2, 2), (2,)))
-    decays, rest = train.make_optimizer(train.Settings(), model, CPU).param_groups
-    assert (decays["weight_decay"], rest["weight_decay"]) == (0.1, 0.0)
-    assert {*map(id, rest["params"])} == {*map(id, (model.query, model.detail_bias, model.gain))}
-    assert len(decays["params"]) == 2 * 5 + 2 + 1  # qkv, proj, gate, up, down; embed, head; more
-
-
-def test_peak_memory_is_in_megabytes_and_help_spells_the_choices(monkeypatch, capsys):
-    monkeypatch.setattr(resource, "getrusage", lambda who: type("", (), {"ru_maxrss": 10**6}))
-    for platform, megabytes in (("linux", 1024.0), ("darwin", 1.0)):
-        monkeypatch.setattr(sys, "platform", platform)
-        assert train.peak_memory(CPU) == megabytes
-    with pytest.raises(SystemExit, match="0"):
-        run(train.main, ["--help"])
-    assert f"--residual {{{','.join(RESIDUALS)}}}" in capsys.readouterr().out
-
-
-def test_a_fork_with_a_variant_and_unused_weights_trains_resumes_and_shows_its_map(home):
-    code = "import sys, torch, wav; wav.KINDS['sum_split'] = 'sum', 'split'\n"
-    code += "wav.RESIDUALS += ('sum_split',); old, new = wav.GPT.__init__, torch.nn.Linear(2, 2)\n"
-    code += "wav.GPT.__init__ = lambda m, config: old(m, config) or m.add_module('proj', new)\n"
-    code += "import sample, train; assert sample.run(train.main) == 0\n"
-    code += "assert sample.run(train.main, [*sys.argv[1:-1], '2', '--resume']) == 0\n"
-    code += "assert [sample.run(sample.main, argv) for argv in ([], ['--routing'])] == [0, 0]"
-    out = python(code, *TINY[:2], *TINY[4:], "--residual", "sum_split", "--max_iters", "1")
-    assert "  sum1  spl1  sum2  spl2\n" in out and os.listdir("out") == ["a-sum_split-4x16"]
-
-
-@pytest.mark.parametrize("script", ["../train.py", "test_scripts.py --as-on 2"])
-def test_two_processes_train_as_one(home, script):
-    argv = [*ANYWHERE, "--grad_accum", "2", "--dtype", "float32"]
-    said(train.main, *argv, "--out_dir", "one")
-    done = torchrun(*script.split(), *argv)
-    assert done.returncode == 0 and "Warning" not in done.stderr, done.stderr
-    on = re.findall(r"process (\d on cuda:\d)\n", done.stderr)
-    assert sorted(on) == (["0 on cuda:0", "1 on cuda:1"] if "2" in script else [])
-    one, two = ([[float(x or 0) for x in row[:4]] for row in log_rows(f)] for f in ("one", "run"))
+def test_two_processes_train_as_one():
+    argv = [*TINY, "--grad_accum", "2", "--eval_windows", "7"]  # shares of 4 and 3
+    train.main([*argv, "--out_dir", "one"])
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
+    command = [*launcher, ROOT / "train.py", *argv]
+    out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    assert out.count("step 4: ") == out.count("a sample:") == 1
+    one, two = ([[float(x or 0) for x in row] for row in figures(name)] for name in ("one", "run"))
     assert len(one) == 3 and np.allclose(one, two, rtol=0, atol=2e-5)
-    assert files_in("run").keys() == FILES and done.stdout.count("step 4: ") == 1
 
 
-def test_more_processes_than_gpus_and_a_batch_of_uneven_shares_are_refused(home):
-    done = torchrun("test_scripts.py", "--as-on", "1", *ANYWHERE)
-    assert done.returncode and not Path("run").exists()
-    assert "error (process 1): more processes than GPUs: --nproc_per_node=1 at mo" in done.stderr
-    home.setenv("WORLD_SIZE", "3")
-    refused(train.main, TINY, "batch_size=4 needs 3 equal shares")
+def test_a_weight_without_gradient_is_named_under_torchrun_and_else_trains_on(home):
+    class Fork(GPT):
+        def __init__(self, config):
+            super().__init__(config)
+            self.unused = torch.nn.Linear(2, 2)
+
+    home.setattr(train, "GPT", Fork)
+    train.main(TINY)
+    home.setattr(dist, "init_process_group", lambda backend: None)
+    home.setattr(dist, "barrier", lambda: None)
+    for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        home.setenv(name, "0")
+    home.setenv("WORLD_SIZE", "2")
+    _, error = said(train.main, [*TINY, "--out_dir", "two"], status=2)
+    words = "error (process 0): no gradient for ['unused.weight', 'unused.bias']: torchrun cannot"
+    assert error.startswith(words) and error.count("\n") == 1 and not Path("two").exists()
 
 
-def test_two_processes_resume_with_the_dropout_of_the_unbroken_run(start):
-    argv = [*TINY, "--dropout", "0.5", "--learning_rate", "0.01", "--min_lr", "0.01"]
-    broken = [*argv, "--out_dir", "broken"]
-    for flags in (argv, [*broken, "--max_iters", "2"], [*broken, "--resume"]):
-        assert pair(start, flags) == [0, 0]
-    assert [row[:4] for row in log_rows()] == [row[:4] for row in log_rows("broken")]
+# ----------------------------------------------------------------------------------------------
+# On a GPU
 
 
-@pytest.mark.parametrize("flag, other", [("dataset", "is neither pydoc"), ("out_dir", "by peer")])
-def test_two_processes_name_what_fails_in_a_line_each(start, flag, other):
-    assert pair(start, [*TINY, f"--{flag}", "a.txt/x"]) == [2, 2]
-    assert re.fullmatch(r"error: .*a\.txt/x.*\n", Path("0.2").read_text())
-    assert re.fullmatch(rf"error \(process 1\): .*{other}.*\n", Path("1.2").read_text())
+class OnCPU(TorchFunctionMode):
+    """Whatever is asked of a device is done by the CPU."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        args = [torch.device("cpu") if isinstance(x, torch.device) else x for x in args]
+        if "device" in (kwargs or {}):
+            kwargs = {**kwargs, "device": torch.device("cpu")}
+        return function(*args, **(kwargs or {}))
 
 
-if __name__ == "__main__":  # --as-on N
-    with cuda(int(sys.argv[2])) as seen:
-        code = run(train.main, sys.argv[3:])
-    print(f"process {os.environ['RANK']} on cuda:{seen.current}", file=sys.stderr)
-    sys.exit(code)
+@contextlib.contextmanager
+def cuda(n, native=True, triton=None):
+    """As on a machine with n GPUs. Yields what was compiled."""
+    compiled, autocast, spec = [], torch.autocast, importlib.util.find_spec
+    with pytest.MonkeyPatch.context() as patch, OnCPU():
+        patch.setattr(torch.cuda, "is_available", lambda: True)
+        patch.setattr(torch.cuda, "device_count", lambda: n)
+        patch.setattr(torch.cuda, "set_device", lambda device: compiled.append(device))
+        patch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: native)
+        patch.setattr(torch.cuda, "max_memory_allocated", lambda device: 1.234e9)
+        patch.setattr(torch, "autocast", lambda kind, *args, **how: autocast("cpu", *args, **how))
+        patch.setattr(torch, "compile", lambda f: compiled.append(f.__name__) or f)
+        find = lambda name: triton if name == "triton" else spec(name)
+        patch.setattr(importlib.util, "find_spec", find)
+        yield compiled
+
+
+@pytest.mark.parametrize("flags, device", [([], "cuda:0"), (["--device", "cuda:1"], "cuda:1")])
+def test_a_run_takes_a_gpu_in_bf16_compiled_where_triton_is(flags, device):
+    argv = [*TINY, "--device", "auto", *flags]
+    with cuda(2, triton=True) as compiled:
+        out, _ = said(train.main, argv)
+        assert f"bfloat16 on {device}, 64 characters a step" in out
+        assert "peak memory 1,234 MB" in out
+        parts = ["mix", "merge", "offer_at_once", *["_call_impl"] * 8]
+        assert compiled == [device, *parts]
+        assert torch.get_float32_matmul_precision() == "high"
+        said(train.main, [*LONGER, *flags])
+        assert "run/best.pt" in said(sample.main, [*SAMPLE, *flags])[1]
+        assert "mixing weights" in said(sample.main, [*SAMPLE, "--routing", *flags])[0]
+    with cuda(2, native=False) as compiled:  # an older one, on Windows
+        assert f"float32 on {device}" in said(train.main, [*argv, "--overwrite"])[0]
+        assert compiled == [device]
+        refused(train.main, [*LONGER, "--device", "cuda:2"], "one of cpu, cuda:0, cuda:1")
+
+
+def test_on_a_cpu_products_are_in_full_float32_unless_asked(home):
+    asked = []
+    home.setattr(torch, "set_float32_matmul_precision", asked.append)
+    assert "float32 on cpu" in said(train.main, TINY)[0] and not asked
+    out, _ = said(train.main, [*TINY, "--out_dir", "b", "--dtype", "bfloat16"])
+    assert "bfloat16 on cpu" in out and figures() != figures("b")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("residual", RESIDUALS)
+def test_a_gpu_trains_compiled_in_bf16_resumes_and_writes_text(home, residual):
+    home.setattr(train, "some_text", train.real_some_text)
+    argv = [*TINY, "--device", "cuda", "--residual", residual]
+    train.main(argv)
+    train.main(LONGER)
+    sample.main(SAMPLE)
+    if residual != "standard":
+        sample.main([*SAMPLE, "--routing"])
+    assert len(log()) == 4 and read()["settings"]["device"] == "cuda"
+
+
+# ----------------------------------------------------------------------------------------------
+# What a person sees
+
+
+@pytest.mark.parametrize("residual", RESIDUALS)
+def test_a_run_says_what_it_does_lowers_the_loss_and_names_what_to_type_next(home, residual):
+    home.setattr(train, "some_text", train.real_some_text)
+    argv = [*TINY, "--residual", residual, "--max_iters", "20", "--eval_interval", "10"]
+    out, _ = said(train.main, argv)
+    routed, blocks = residual != "standard", residual not in ("standard", "attnres")
+    n = sum(w.numel() for w in read()["model"].values())
+    parameters = f"{n:,} parameters, a vocabulary of {len(set(TEXT))}"
+    step = r"train \d\.\d{3}, val \d\.\d{3}, [\d,]+ characters/s"
+    text = data.load("a.txt")
+    lines = [
+        f"a.txt: {len(text.train):,} characters to train on, {len(text.val):,} to validate on",
+        f"{residual} 4x16{' in 2 blocks' if blocks else ''}: {parameters}",
+        "float32 on cpu, 64 characters a step, into run/",
+        "note: 20 steps end within warmup_iters=50, below the peak",
+        r"step 0: val \d\.\d{3}",
+        f"step 10: {step}",
+        f"step 20: {step}",
+        rf"{residual} 4x16: best validation loss \d\.\d{{4}} nats per character",
+        r"\d+ s of training steps, [\d,]+ characters/s",
+        "a sample:",
+        "(?s:.{300})",
+        r"next: python sample.py --out_dir run --prompt \.\.\.",
+        *["      python sample.py --out_dir run --routing"] * routed,
+    ]
+    assert re.fullmatch("\n".join([*lines, ""]), out), out
+    losses = [float(row["val_loss"]) for row in log()]
+    assert losses == sorted(losses, reverse=True)
+
+
+def test_a_terminal_of_80_columns_shows_validating_first_and_wraps_no_line():
+    # The defaults, but for what takes long. The session is a terminal's, as it would be a person's.
+    argv = "--max_iters 2 --batch_size 2 --eval_windows 2 --n_layer 4 --n_embd 32 --n_ctx 32"
+    pid, terminal = pty.fork()
+    if pid == 0:
+        command = f"stty cols 80 rows 24; {sys.executable} {ROOT}/train.py {argv}"
+        os.execvp("bash", ["bash", "-c", command])
+    screen = b""
+    with contextlib.suppress(OSError):  # the end of a terminal
+        while part := os.read(terminal, 10000):
+            screen += part
+    os.close(terminal)
+    assert os.waitpid(pid, 0)[1] == 0, screen
+    screen = re.sub(r"\x1b\[\w*", "", screen.decode())
+    assert 0 < screen.index("validating...") < screen.index("step 0: val")
+    assert "2/2" in screen and "step 2: train" in screen
+    before_sample = screen[: screen.index("a sample:")]
+    assert max(map(len, re.split(r"[\r\n]", before_sample))) <= 80
+
+
+@pytest.mark.parametrize("script", [train, sample])
+def test_the_help_names_every_setting(script):
+    out, _ = said(script.main, ["--help"])
+    for name in ("--out_dir", "--seed", "--device"):
+        assert name in out
+
+
+def test_text_depends_on_the_seed_alone_and_goes_on_from_the_prompt():
+    train.main([*TINY, "--out_dir", "out/one"])
+    train.main([*TINY, "--out_dir", "out/two"])
+    os.utime("out/one/ckpt.pt", (2e9, 2e9))  # the latest
+    texts = []
+    for seed in ("1", "1", "7"):
+        out, error = said(sample.main, ["--prompt", "the ", "--n_tokens", "40", "--seed", seed])
+        texts.append(out)
+        assert error == "out/one/best.pt: wav 4x16\n"
+    assert texts[0] == texts[1] != texts[2]
+    assert texts[0].startswith("the ") and len(texts[0]) == 4 + 40 + 1
+
+
+def test_a_fork_to_bytes_is_an_edit_of_data_alone():
+    Path("a.txt").write_text(TEXT + " naïve 🦊" * 60)
+    code = """
+import sys, numpy as np, data
+data.TOKEN = "byte"
+data.vocabulary = lambda text: list(range(256))
+data.encode = lambda text, vocab: np.frombuffer(text.encode(), np.uint8).astype(np.int32)
+data.decode = lambda ids, vocab: bytes(ids).decode(errors="replace")
+import train, sample
+train.main(sys.argv[1:])
+for flags in (["--prompt", "the 🦊"], ["--routing"], ["--help"]):
+    try:
+        sample.main(["--out_dir", "run", *flags])
+    except SystemExit:
+        pass
+"""
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", code, *TINY]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
+    both = done.stdout + done.stderr
+    assert "character" not in both and "bytes/s" in both and "nats per byte" in both
+    assert "the 🦊" in both and "bytes_per_second" in log()[0]
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "ascii"])
+def test_text_and_map_are_utf_8_whatever_the_encoding(home, encoding):
+    Path("a.txt").write_text("naïve 🦊 " * 300, encoding="utf-8")
+    train.main(TINY)
+    for flags, words in ((["--prompt", "🦊"], "🦊"), (["--routing"], "█100")):
+        file = io.BytesIO()
+        home.setattr(sys, "stdout", io.TextIOWrapper(file, encoding=encoding))
+        with pytest.raises(SystemExit) as end:
+            train.run(lambda flags=flags: sample.main([*SAMPLE, *flags]))
+        assert not end.value.code and words in file.getvalue().decode("utf-8")
+
+
+def test_head_ends_a_text_quietly():
+    train.main(TINY)
+    line = f"{sys.executable} {ROOT}/sample.py --out_dir run --prompt fox --n_tokens 3000"
+    script = f"{line} | head -c 3; echo $PIPESTATUS"
+    done = subprocess.run(["bash", "-c", script], check=True, capture_output=True, text=True)
+    assert done.stdout == "fox0\n" and done.stderr == "run/best.pt: wav 4x16\n"
+
+
+MAPS = [("wav", 4, 80), ("wav", 12, 80), ("attnres", 12, 80), ("attnres", 48, 80)]
+MAPS += [("block_attnres", 12, 80), ("attnres", 12, 130), ("wav", 12, 130)]
+
+
+@pytest.mark.parametrize("residual, n_layer, width", MAPS)
+def test_the_map_fits_the_screen_and_has_a_row_for_each_reader(home, residual, n_layer, width):
+    if width != 80:  # which is what a pipe has
+        home.setenv("COLUMNS", str(width))
+    argv = [*TINY[: TINY.index("--n_layer")], "--n_layer", str(n_layer), "--n_embd", "8"]
+    argv += ["--n_head", "2", "--n_ctx", "8", "--max_iters", "1", "--residual", residual]
+    train.main([*argv, "--eval_windows", "1", "--batch_size", "1"])
+    out, _ = said(sample.main, [*SAMPLE, "--routing"])
+    assert max(map(len, out.splitlines())) <= width
+    weights, means = out.split("\n\n")
+    title, *rows = weights.splitlines()
+    assert title == f"{residual} {n_layer}x8: mixing weights in percent"
+    rows = rows[-2 * n_layer - 1 :]
+    labels = [f"{kind} {i + 1}" for i in range(n_layer) for kind in ("att", "MLP")]
+    assert [row[:10].strip() for row in rows] == [*labels, "output"]
+    assert rows[0].endswith("100") or residual == "attnres" and rows[0].endswith("█")
+    if width == 130:
+        sums = [sum(map(int, re.findall(r"\d+", row[10:]))) for row in rows]
+        assert sums == pytest.approx([100] * len(rows), abs=0.5 * len(rows))
+        assert weights.splitlines()[1].split()[:2] == ["x0", "sum"]
+    _, heads, *rows, worth, _ = means.splitlines()
+    kinds = ["x0", *KINDS[residual]]
+    assert {*heads.split()} == {*kinds, *["running"] * (residual != "attnres")}
+    assert worth.startswith("worth ") and len(worth.split()) == 1 + len(heads.split())
+    for row in rows:
+        percents = [float(x) for x in re.findall(r"(\d+) ±", row)]
+        assert len(percents) == len(heads.split()) and sum(percents) == pytest.approx(100, abs=3)
+
+
+def loss_with_less(model, hidden, x, y):
+    """The loss where no reader has the sources of a kind, unless they are all that it has."""
+    completed, updates = [("x0", model.embed(x))], []
+    for l, query in enumerate(model.query):
+        read = completed + ([("running", sum(updates))] if updates else [])
+        kept = [(kind, s) for kind, s in read if kind != hidden] or read
+        sources = torch.stack([s for _, s in kept])
+        c = [
+            model.detail_bias[l, model.details.index(k)] if k in model.details else 0
+            for k, _ in kept
+        ]
+        logits = wav.rms_norm(sources) @ query + torch.tensor(c)[:, None, None]
+        h = (logits.softmax(0)[..., None] * sources).sum(0)
+        if l < len(model.sublayers):
+            updates.append(model.sublayers[l](h))
+        if len(updates) == model.block_size:
+            offered = wav.offer(model.kinds, updates, model.block_size, 1)
+            completed += [(kind, s) for (kind, _), s in offered.items()]
+            updates = []
+    return torch.nn.functional.cross_entropy(model.head(wav.rms_norm(h)).flatten(0, 1), y.flatten())
+
+
+def test_the_worth_of_a_kind_is_the_loss_without_it():
+    argv = [*TINY, "--max_iters", "30", "--eval_interval", "30", "--learning_rate", "0.03"]
+    train.main(argv)
+    model = sample.load_checkpoint("run/best.pt")[0].requires_grad_(False)
+    text = data.load("a.txt")
+    starts = data.even_starts(len(text.val), 16, 32)
+    x, y = data.windows(torch.from_numpy(text.val), 16, starts)
+    loss = model(x, y)[1].item()
+    assert sample.loss_without(model, None, x, y) == pytest.approx(loss, abs=1e-5)
+    rises = {}
+    for kind in ("x0", "running", "sum", "phase", "split"):
+        rises[kind] = sample.loss_without(model, kind, x, y) - loss
+        expected = loss_with_less(model, kind, x, y).item() - loss
+        assert rises[kind] == pytest.approx(expected, abs=1e-5) and abs(expected) > 1e-4
+    for i, kind in enumerate(model.details):
+        without = copy.deepcopy(model)
+        without.detail_bias[:, i] = -1e4
+        assert without(x, y)[1].item() - loss == pytest.approx(rises[kind], abs=1e-5)
+    assert model(x, y)[1].item() == loss  # nothing is left hidden
+    out, _ = said(sample.main, [*SAMPLE, "--routing"])
+    (heads,) = re.findall(r"\n +(x0 .*)\n", out.split("\n\n")[1])
+    (worth,) = re.findall(r"\nworth (.*)\n", out)
+    printed = dict(zip(heads.split(), map(float, worth.split())))
+    assert printed == {kind: pytest.approx(rise, abs=6e-4) for kind, rise in rises.items()}
+    assert f"does the loss, {loss:.3f} on these windows" in out
+
+
+# ----------------------------------------------------------------------------------------------
+# Texts
+
+
+def test_pydoc_does_not_validate_on_what_it_trains_on():
+    text, val = data.pydoc()
+    seen = {text[i : i + 100] for i in range(len(text) - 99)}
+    starts = range(len(val) - 99)
+    assert sum(val[i : i + 100] in seen for i in starts) < 0.05 * len(starts)
+    assert len(text) > 200_000 and len(val) == pytest.approx(len(text) / 9, rel=0.05)
+
+
+def test_a_text_that_validates_on_itself_is_said(capsys):
+    Path("a.txt").write_text(TEXT[:500] * 9)
+    data.load("a.txt")
+    note = "100% of the validation text stands in the training text as it is: the loss will be too"
+    assert note in capsys.readouterr().err
+    Path("a.txt").write_text(TEXT)
+    data.load("a.txt")
+    assert capsys.readouterr().err == ""
+
+
+@settings(max_examples=100, deadline=None, derandomize=True, database=None)
+@given(st.text("ab\n\ufeff🦊é", min_size=1, max_size=60), st.text("abé🦊\n", max_size=20))
+def test_ids_are_places_in_the_vocabulary_and_unknown_characters_are_dropped(text, val):
+    with contextlib.redirect_stderr(io.StringIO()) as error, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "read_dataset", lambda *args: (text, val))
+        if len(set(text)) < 2:
+            with pytest.raises(Refused, match="2 are the least"):
+                data.load("a.txt")
+            return
+        train_ids, val_ids, vocab, _ = data.load("a.txt")
+    kept = [c for c in val if c in text]
+    assert vocab == sorted(set(text)) and data.decode(train_ids, vocab) == text
+    assert data.decode(val_ids, vocab) == "".join(kept)
+    dropped = f"dropped {len(val) - len(kept)} of {len(val)} validation characters"
+    assert (dropped in error.getvalue()) == (len(kept) < len(val))
+
+
+def test_a_text_is_split_at_its_last_tenth_or_has_its_validation_text_beside_it():
+    cut = len(TEXT) * 9 // 10
+    assert data.text_file(Path("a.txt")) == (TEXT[:cut], TEXT[cut:])
+    Path("a.txt").write_bytes(b"\xef\xbb\xbf" + TEXT.replace("\n", "\r\n").encode())
+    Path("a_valid.txt").write_text("dog")
+    assert data.text_file(Path("a.txt")) == (TEXT, "dog")
+
+
+def test_batches_are_windows_drawn_by_seed_and_step_and_targets_come_one_later():
+    draws = [data.random_starts(1000, 16, (2, 3), *how) for how in ((1, 5), (1, 6), (2, 5))]
+    assert len({draw.tobytes() for draw in draws}) == 3
+    assert np.array_equal(draws[0], data.random_starts(1000, 16, (2, 3), 1, 5))
+    assert set(data.random_starts(18, 16, 1000, 1, 1)) == {0, 1}, "every window that fits"
+    ids = torch.arange(1000, dtype=torch.int32)
+    x, y = data.windows(ids, 16, data.even_starts(1000, 16, 5))
+    assert torch.equal(x + 1, y) and (x.shape, x[0, 0], y[-1, -1]) == ((5, 16), 0, 999)
+
+
+@pytest.mark.parametrize("ranges", [True, False])
+def test_a_download_is_the_beginning_that_was_asked_for_or_nothing(home, ranges):
+    stories = ("Once upon a time… 🦊\n<|endoftext|>\n" * 40).encode()
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            wanted, content = self.headers["Range"], stories
+            if wanted and ranges:
+                content = stories[: int(wanted.removeprefix("bytes=0-")) + 1]
+            self.send_response(200)
+            self.send_header("Content-Length", len(content) + self.server.missing)
+            self.end_headers()
+            self.wfile.write(content)
+
+        def log_message(self, *args):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    home.setenv("no_proxy", "*")
+    home.setattr(data, "TINYSTORIES_URL", f"http://127.0.0.1:{server.server_port}/")
+    server.missing = 10  # the connection ends before the file does
+    home.setattr(data, "TINYSTORIES_BYTES", len(stories) + 10)
+    argv = [*TINY, "--dataset", "tinystories"]
+    assert "failed: it ended after" in said(train.main, argv, status=2)[1].splitlines()[-1]
+    assert not list(Path("data").iterdir())
+    server.missing = 0
+    for first in range(1000, 1040):  # the cut falls on every byte of a story
+        home.setattr(data, "TINYSTORIES_BYTES", first)
+        for _ in range(2):  # the second time from the disk
+            text, val = data.tinystories(Path(f"data/{first}"))
+            assert stories.decode().startswith(text) and first - 4 < len(text.encode()) <= first
+            assert val == stories.decode()
+    server.shutdown()
+    server.server_close()
