@@ -7,8 +7,8 @@ stream it reads the token embedding x_0 plus every update so far, each with weig
 
     standard        h_l = x_0 + u_1 + ... + u_{l-1}                                     (1)
 
-For the attention of layer 40 that is a sum of 79 terms, and it cannot weigh one of them alone.
-*Attention Residuals* let it. Each sublayer mixes *sources* s by a softmax: attention over depth
+For the attention of layer 40 that is a sum of 79 terms, and none of them can be weighed.
+*Attention Residuals* change that. Each sublayer mixes *sources* s by a softmax: attention over depth
 instead of time. Its query q_l is a learned vector. The output, which feeds the head, is one more
 reader, l = 2L + 1.
 
@@ -20,25 +20,25 @@ The routed variants differ in their sources, and only wav has a bias c:
     attnres         x_0 and each update u_1 ... u_{l-1}                                 (3)
     block_attnres   x_0, the sum of each completed block of layers, and the running sum
                     of the current block: far fewer sources, but each only a sum        (4)
-    wav             these, and two *details* of each completed block that say how its
-                    sum came about: phase, the attentions minus the MLPs, and split,
-                    the first half of the block minus the second half                   (5)
+    wav             those of (4), and two *details* of each completed block: how did its
+                    sum come about? phase is its attentions minus its MLPs, and split
+                    its first half minus its second half                                (5)
 
 So wav sees a block at two resolutions: what it adds up to, and where its updates differ. A detail
 d may be much smaller than its block's sum. It is scaled to the same size; the source is g d with
 
-    g = rms(sum) / rms(d), a number for each token, held constant by the backward pass  (6)
+    g = rms(sum) / rms(d), at most 1000; a number for each token, without gradient      (6)
 
 The bias is learned for details, one number c_{l,kind} for each reader l and each of the two
-kinds, shared by all blocks; for all other sources it is 0. It starts at -2, so that a detail
-weighs e^-2 of a sum, and all details together 8 to 21 % of a mixture that has any.
+kinds, shared by all blocks; for all other sources it is 0. It starts at -2: at first a detail
+weighs e^-2 of a sum, and all details together 8 to 21 % of any mixture that they are in.
 
 Read on: the ordinary decoder; the method, plainly (`offer` and `GPT.route_plain`); the same,
 fast (`route_fast`, which computes each softmax in two parts and merges them exactly (7)).
 `python wav.py` shows the method in small and judges both forms: run it after every edit.
 
 Letters in shapes: B batch, T time, D width, H heads, V vocabulary, L layers, N sources,
-S sublayers of a block (two a layer), K kinds of source that a block offers.
+S sublayers of a block (two a layer; attnres: 1), K kinds of source that a block offers.
 
 References
     WAV v1                        https://arxiv.org/abs/2606.06564v1
@@ -54,7 +54,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-# A variant is a line: what a completed block offers to all later sublayers.
+# Each variant is one line: what a completed block offers to all later sublayers.
 KINDS = {
     "attnres": ("sum",),  # here alone a block is a single sublayer
     "block_attnres": ("sum",),
@@ -62,9 +62,9 @@ KINDS = {
 }
 RESIDUALS = ("standard", *KINDS)
 
-# A kind is a line: the sign of sublayer j = 0 ... S-1 of a block. Even j is attention, odd j MLP.
-# The signs of a detail add up to 0: what all updates share is in the sum already, so a detail
-# holds only where they differ. For an even number of layers the three rows are orthogonal.
+# Each kind is one line: the sign of sublayer j = 0 ... S-1 of a block; even j is attention, odd j
+# MLP. S is even, so the signs of a detail add up to 0: what all updates share is in the sum
+# already. With an even number of layers in a block the three rows are orthogonal.
 SIGNS = {
     "sum": lambda j, S: +1,
     "phase": lambda j, S: +1 if j % 2 == 0 else -1,  # attention minus MLP
@@ -81,7 +81,9 @@ class GPTConfig:
     n_layer: int = 12  # L; a layer is two sublayers, attention and MLP
     n_head: int = 4
     n_embd: int = 128  # D, the width of the residual stream
-    n_block: int | None = None  # blocks of layers; None: about 8, see default_n_block
+    # Blocks that the layers are cut into, the last perhaps shorter; None: about 8 (7 layers: 4,
+    # of 2+2+2+1). attnres has none: there this only sets how many sublayers are routed at once.
+    n_block: int | None = None
     residual: str = "wav"
     detail_bias: float = -2.0  # where the c of details starts
     dropout: float = 0.0
@@ -194,7 +196,7 @@ def match(total, source):
 
     A mixture adds raw values, so a small detail would hardly be heard beside the sums. Detached:
     otherwise a reader of the detail would send a gradient through rms(total), and so train how
-    large the sum is. Limited, so that a detail that is nearly zero is not blown up.
+    large the sum is. At most 1000: what rounding leaves of equal updates stays small.
     """
     return (rms(total) / rms(source)).detach().clamp_max(1000)  # for the sum itself it is 1
 
@@ -212,13 +214,14 @@ class GPT(nn.Module):
         self.kinds = KINDS.get(config.residual, ())
         self.details = [kind for kind in self.kinds if kind != "sum"]
 
-        # The layers are cut into blocks of one size; where the last is shorter, it never completes
-        # and the output reads its running sum. In attnres each sublayer is a block, and n_block
-        # only says how many of them the fast form treats at once.
+        # S is the method's block, chunk what the fast form treats at once. They are the same, but
+        # in attnres, where each sublayer is a block. A last block that is shorter never completes:
+        # the output reads its running sum.
         self.chunk = 2 * math.ceil(config.n_layer / config.n_block)
         self.block_size = 1 if config.residual == "attnres" else self.chunk  # S
 
-        with torch.random.fork_rng(devices=()):  # a layer that a fork adds moves nobody's start
+        # PyTorch's own draws are undone: so a layer added here does not move the others' start.
+        with torch.random.fork_rng(devices=()):
             self.embed = nn.Embedding(config.vocab_size, config.n_embd)
             self.sublayers = nn.ModuleList()
             for _ in range(config.n_layer):
@@ -226,9 +229,9 @@ class GPT(nn.Module):
             self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.init_weights()
 
-        # With zero queries every mixture is a plain mean, wav's details aside: the standard stream
-        # divided by the number of sources. The norm that opens each sublayer and the head cancels
-        # that number, so all variants start as the same network.
+        # With zero queries a mixture of x_0 and sums is a plain mean: the standard stream divided
+        # by the number of sources. The norm that opens each sublayer and the head cancels that
+        # number. So all variants start as the same network, but for what details add.
         n_reader = 2 * config.n_layer + 1
         if self.kinds:
             self.query = nn.Parameter(torch.zeros(n_reader, config.n_embd))
@@ -279,9 +282,9 @@ class GPT(nn.Module):
         completed = {("x0", ""): x}  # what all later sublayers can read
         updates = []  # of the current block
         for l, query in enumerate(self.query, start=1):
-            read = dict(completed)  # (3), (5)
+            read = dict(completed)  # (3), or (4) and (5)
             if updates:
-                read |= offer(("sum",), updates, S, "running")  # (4)
+                read |= offer(("sum",), updates, S, "running")  # (4), never in attnres
             sources = torch.stack([*read.values()])  # (N, B, T, D)
             bias = self.bias(read)[l - 1]  # (N,)
             logits = rms_norm(sources) @ query + bias[:, None, None]  # (N, B, T)
@@ -305,9 +308,10 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def routing(self, idx):
-        """Mixing weights on ids (B, T), by route_plain in eval mode and full precision:
+        """Mixing weights on ids (B, T), by route_plain in eval mode, without autocast:
         (2L+1, N, B, T), 0 where a reader has no such source, and the N names of the sources: "x0",
-        "sum running", "split 3", ... Refused if GPT.route reads otherwise on these ids."""
+        "sum running", "split 3", ... Refused if on these ids the output of GPT.route, whose own
+        weights are not seen, is more than 1e-3 off."""
         require(self.kinds, f"residual={self.config.residual!r} has no mixing weights to show")
         rows = []
         training = self.training
@@ -378,7 +382,7 @@ def route_fast(model, x, cache=None):
         readers = slice(first, first + model.chunk)
         h_done, lse_done = mix(done, inv_rms, model.query[readers], c[readers, : len(done)])
         updates = []
-        running = None  # the sources that the block itself makes meanwhile
+        running = None  # what this chunk has made so far: its sum, or in attnres each update
         for j, query in enumerate(model.query[readers]):
             h = h_done[j]
             if updates:
@@ -407,7 +411,7 @@ def mix(sources, inv_rms, query, bias):
     sources (N, B, T, D), inv_rms (N, B, T, 1), query (Q, D), bias (Q, N). Returns Q mixtures
     (B, T, D) and the log-sum-exps of their logits, Q times (B, T).
     """
-    dots = sources @ query.T  # (N, B, T, Q); q . RMSNorm(s) = (q . s) / rms(s), without any key
+    dots = sources @ query.T  # (N, B, T, Q); as q . RMSNorm(s) = (q . s) / rms(s), no key is stored
     logits = torch.addcmul(bias.T[:, None, None], dots, inv_rms)  # bias + dots * inv_rms
     if len(sources) == 1:  # the first block, and every running sum: the one weight is 1
         return [sources[0]] * len(query), logits[0].unbind(-1)
@@ -432,10 +436,10 @@ def merge(h_done, lse_done, running, query):
 def offer_at_once(basis, updates, total):
     """As `offer` for a block with this total (B, T, D): K sources (K, B, T, D), in one product with
     their signs, the rows of basis (K, S), and 1 / rms of each, (K, B, T, 1)."""
-    with torch.autocast(total.device.type, enabled=False):  # it would sum in bf16
+    with torch.autocast(total.device.type, enabled=False):  # which would round to bf16
         sources = torch.tensordot(basis, torch.stack(updates), 1)  # (5)
     gain = match(total, sources)  # (K, B, T, 1)
-    return gain * sources, 1 / (rms(sources) * gain)  # (6); as rms(g d) = g rms(d)
+    return gain * sources, 1 / (rms(sources) * gain)  # (6); rms(g d) = g rms(d), above its floor
 
 
 # ----------------------------------------------------------------------------------------------
