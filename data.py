@@ -69,14 +69,14 @@ def load(dataset, data_dir="data", checksum=None):
     require(len(vocab) > 1, f"{dataset!r} has {len(vocab)} different {TOKEN}s: 2 are the least")
     copied = share_copied(train_text, val_text)
     if copied > 0.1:
-        note = f"{copied:.0%} of the validation text stands in the training text as it is"
-        print(f"note: {note}: the loss will be too low", file=sys.stderr)
+        note = f"{copied:.0%} of the validation text is in the training text"
+        print(f"note: {note}: its loss is too low", file=sys.stderr)
 
     train, val = encode(train_text, vocab), encode(val_text, vocab)
     unknown = val < 0
     if unknown.any():
         dropped = f"{unknown.sum():,} of {len(val):,} validation {TOKEN}s"
-        print(f"note: dropped {dropped}, which the training text never shows", file=sys.stderr)
+        print(f"note: dropped {dropped}, unseen in training", file=sys.stderr)
         val = val[~unknown]
     if len(vocab) <= 256:
         train, val = train.astype(np.uint8), val.astype(np.uint8)

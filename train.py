@@ -154,7 +154,8 @@ def main(argv=None):
     tokens_per_step = args.grad_accum * args.batch_size * args.n_ctx
     say(f"{args.dataset}: {sizes}")
     say(f"{name}{blocks}: {n_params:,} parameters, a vocabulary of {len(text.vocab):,}")
-    say(f"{dtype} on {device}, {tokens_per_step:,} {TOKEN}s a step, into {out_dir}/")
+    say(f"{dtype} on {device}, {tokens_per_step:,} {TOKEN}s a step")
+    say(f"into {out_dir}/")
     for note in doubts(args, device):
         say(f"note: {note}")
 
@@ -292,7 +293,7 @@ def main(argv=None):
             say(f"peak memory {torch.cuda.max_memory_allocated(device) / 1e6:,.0f} MB")
         say("a sample:")
         say(some_text(model, text.vocab, out_dir / "best.pt"))
-        say(f"next: python sample.py --out_dir {out_dir} --prompt ...")
+        say(f"next: python sample.py --out_dir {out_dir}")
         if model.kinds:
             say(f"      python sample.py --out_dir {out_dir} --routing")
 
