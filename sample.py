@@ -90,9 +90,14 @@ def write_text(model, vocab, args):
     require(not unknown, f"the model never saw {unknown} of the prompt: it knows {known!r}")
     ids = torch.from_numpy(ids)[None].long().to(model.head.weight.device)
     print(args.prompt, end="", flush=True)
+    pending = []
     for i in model.stream(ids, args.n_tokens, args.temperature, args.top_k):
-        print(data.decode([i.item()], vocab), end="", flush=True)
-    print()
+        pending.append(i.item())
+        text = data.decode(pending, vocab)
+        if not text.endswith("\ufffd"):  # a token may be a part of a character, such as a byte
+            print(text, end="", flush=True)
+            pending = []
+    print(data.decode(pending, vocab))
 
 
 # ----------------------------------------------------------------------------------------------

@@ -73,7 +73,7 @@ def make_parser():
     add("--grad_accum", type=count, default=1, help="batches in a step")
     add("--max_iters", type=count, default=800, help="steps")
     add("--learning_rate", type=amount, default=3e-3, help="peak learning rate")
-    add("--min_lr", type=amount, help="the last one; None: a tenth of learning_rate")
+    add("--min_lr", type=amount, help="where the cosine ends; None: a tenth of the peak")
     add("--warmup_iters", type=natural, default=50, help="steps of linear warm-up")
     add("--weight_decay", type=amount, default=0.1, help="of matrices, not of queries or biases")
     add("--grad_clip", type=amount, default=1.0, help="largest gradient norm; 0: any")
@@ -111,8 +111,8 @@ def main(argv=None):
     # Processes and device. Under torchrun there are several, and each takes its share of a batch.
     rank, local_rank, world = read_processes()
     share = args.batch_size // world
-    whole = args.batch_size == share * world and args.eval_windows >= world
-    require(whole, f"batch_size and eval_windows must give each of {world} processes its share")
+    require(args.batch_size == share * world, f"batch_size={args.batch_size} / {world} processes")
+    require(args.eval_windows >= world, f"eval_windows={args.eval_windows} for {world} processes")
     device = pick_device(args.device, local_rank)
     if world > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
@@ -141,6 +141,9 @@ def main(argv=None):
     optimizer = make_optimizer(model, args)
     for group in optimizer.param_groups:
         group["peak_lr"] = group["lr"]  # each group its own: the schedule multiplies it
+    taken = {p for group in optimizer.param_groups for p in group["params"]}
+    left = [name for name, p in model.named_parameters() if p.requires_grad and p not in taken]
+    require(not left, f"the optimiser leaves out {len(left)} weights: {left[:3]}")
 
     # Precision
     dtype = pick_dtype(args.dtype, device)
@@ -149,7 +152,9 @@ def main(argv=None):
         torch.set_float32_matmul_precision("high")  # TF32 for what stays in fp32
 
     name = f"{args.residual} {args.n_layer}x{args.n_embd}"
-    blocks = f" in {args.n_block} blocks" if model.kinds and model.block_size > 1 else ""
+    blocks = ""
+    if model.kinds and model.block_size > 1:
+        blocks = f" in {args.n_block} block" + "s" * (args.n_block > 1)
     n_params = sum(p.numel() for p in model.parameters())
     tokens_per_step = args.grad_accum * args.batch_size * args.n_ctx
     say(f"{args.dataset}: {sizes}")
@@ -166,9 +171,11 @@ def main(argv=None):
     if use_compile:
         compile_parts(model)
 
-    # A first batch goes through before a folder is touched. It compiles, shows whether memory
-    # suffices and what an evaluation measures, and changes nothing: no step is taken.
-    add_gradients(model, val_x[None, :share], val_y[None, :share], autocast)
+    # A first batch goes through before a folder is touched. It compiles, shows what fails and what
+    # an evaluation measures, and changes nothing: no step is taken.
+    shape = (args.grad_accum, world, share)
+    starts = data.random_starts(len(train_ids), args.n_ctx, shape, args.seed, 0)[:1, rank]
+    add_gradients(model, *data.windows(train_ids, args.n_ctx, starts), autocast)
     idle = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
     require(world == 1 or not idle, f"no gradient for {idle[:3]}: torchrun cannot train it")
     model.zero_grad()
@@ -196,7 +203,6 @@ def main(argv=None):
     if world == 1:  # torchrun ends its processes itself
         catch_ctrl_c(stop)
     max_norm = args.grad_clip if args.grad_clip > 0 else math.inf
-    shape = (args.grad_accum, world, share)
     evaluated = log[-1]["step"] if log else -1
     since, since_step = seconds, step  # the time and place from which speed is measured
     bar = tqdm(total=args.max_iters, initial=step, unit="step", disable=True if rank else None)
@@ -218,11 +224,13 @@ def main(argv=None):
             said = [f"{name.removesuffix('_loss')} {x:.3f}" for name, x in figures.items()]
             if step > 0:
                 train_loss = mean_over_processes(losses).item() / (step - evaluated)
-                speed = (step - since_step) * tokens_per_step / max(seconds - since, 1e-9)
                 rate = args.learning_rate * schedule(args, step - 1)
                 row.update(train_loss=round(train_loss, 6), learning_rate=float(f"{rate:.6g}"))
-                row[f"{TOKEN}s_per_second"] = round(speed)
-                said = [f"train {train_loss:.3f}", *said, f"{speed:,.0f} {TOKEN}s/s"]
+                said = [f"train {train_loss:.3f}", *said]
+                if step > since_step:
+                    speed = (step - since_step) * tokens_per_step / (seconds - since)
+                    row[f"{TOKEN}s_per_second"] = round(speed)
+                    said.append(f"{speed:,.0f} {TOKEN}s/s")
                 improved = figures["val_loss"] < best
                 best = min(best, figures["val_loss"])
             say(f"step {step:,}: {', '.join(said)}")
@@ -230,6 +238,7 @@ def main(argv=None):
             losses.zero_()
             evaluated = step
             since, since_step = seconds, step
+            bar.set_postfix_str("")
             bar.unpause()
 
         # A checkpoint
@@ -442,6 +451,7 @@ def evaluate(model, x, y, batch_size, autocast):
 
 def mean_over_processes(x):
     if dist.is_initialized():
+        x = x.clone()
         dist.all_reduce(x)  # the sum
         x = x / dist.get_world_size()
     return x
