@@ -278,7 +278,7 @@ def main(argv=None):
         loss = add_gradients(network, x, y, autocast)
         torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
         optimizer.step()
-        model.zero_grad()  # also of what a fork's optimiser leaves out: the norm sees it
+        model.zero_grad()
         losses += loss
         step += 1
         bar.update()

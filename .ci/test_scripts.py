@@ -122,11 +122,12 @@ def assert_same_run(one, two):
 
 
 def stop_after(patch, step, number=signal.SIGINT):
-    """Send this signal while step number `step` is taken."""
+    """Send this signal while step number `step` is taken. (The first batch is drawn once before,
+    when there is no folder.)"""
     starts = data.random_starts
 
     def stopping(*args):
-        if args[-1] == step - 1:
+        if args[-1] == step - 1 and Path("run/log.csv").exists():
             signal.raise_signal(number)
         return starts(*args)
 
@@ -161,6 +162,7 @@ def test_a_stopped_and_resumed_run_is_the_unbroken_run_to_the_bit(home, residual
     Path("run/log.csv").unlink()  # lost: the checkpoint knows its rows
     train.main(RESUME)
     assert_same_run("run", "whole")
+    assert [row["step"] for row in log()] == ["0", "4", "8", "12"]
     refused(train.main, RESUME, "run has done 12 steps: give more --max_iters")
 
 
@@ -179,6 +181,15 @@ def test_sgd_with_momentum_resumes_to_the_bit_and_adamw_does_not_go_on_under_it(
     assert_same_run("run", "whole")
     argv = ["--out_dir", "adamw", "--resume", "--max_iters", "6"]
     refused(train.main, argv, "trained by AdamW: SGD cannot go on with its moments")
+
+
+def test_an_evaluation_where_a_run_goes_on_logs_no_speed_of_no_steps(home):
+    with home.context() as patch:
+        stop_after(patch, 3)
+        said(train.main, TINY, status=130)
+    said(train.main, [*RESUME, "--eval_interval", "3"])
+    speeds = {row["step"]: row["characters_per_second"] for row in log()}
+    assert [*speeds] == ["0", "2", "3", "4"] and speeds["3"] == "" != speeds["4"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -396,7 +407,7 @@ def test_the_variables_of_a_cluster_that_make_no_sense_are_refused_in_one_line(h
     for variable in variables.split():
         home.setenv(*variable.split("="))
     _, error = said(train.main, TINY, status=2)
-    assert re.fullmatch(r"error.*(torchrun|each of 3 processes).*\n", error)
+    assert re.fullmatch(r"error.*(torchrun|batch_size=4 / 3 processes).*\n", error)
 
 
 @pytest.mark.parametrize("version, status", [("2.10.0a0+vendor", 0), ("2.9.1", 2), ("3.0.0", 0)])
@@ -519,20 +530,12 @@ def test_a_groups_own_rate_counts_in_every_step_and_the_log_holds_the_schedules(
     assert logged == pytest.approx(scheduled, rel=1e-5)
 
 
-def test_what_an_optimizer_leaves_out_keeps_no_gradient(home):
+def test_an_optimizer_that_leaves_a_weight_out_is_refused(home):
     def all_but_queries(model, args):
         return torch.optim.SGD([p for n, p in model.named_parameters() if n != "query"], lr=0.1)
 
-    def noting(parameters, norm):
-        norms.append(clip([p for p in parameters if p.requires_grad], norm).item())
-
-    norms, clip = [], torch.nn.utils.clip_grad_norm_
     home.setattr(train, "make_optimizer", all_but_queries)
-    home.setattr(train, "schedule", lambda args, step: 0.0)  # the same weights in every step
-    home.setattr(data, "random_starts", lambda n, n_ctx, shape, *seed: np.zeros(shape, np.int64))
-    home.setattr(torch.nn.utils, "clip_grad_norm_", noting)
-    train.main(TINY)
-    assert norms == pytest.approx([norms[0]] * 4, rel=1e-5)
+    refused(train.main, TINY, "the optimiser leaves out 1 weights: ['query']")
 
 
 def test_what_decays_is_two_dimensional_and_called_weight():
@@ -751,22 +754,26 @@ def test_text_depends_on_the_seed_alone_and_goes_on_from_the_prompt():
 
 
 def test_a_fork_to_bytes_is_an_edit_of_data_alone(home):
-    Path("a.txt").write_text(TEXT + " naïve 🦊" * 60)
+    Path("a.txt").write_text(TEXT + " naïve, 🦊" * 60)
     Path("a_valid.txt").write_text(TEXT[:200] + "0")
     home.setattr(data, "TOKEN", "byte")
     home.setattr(data, "vocabulary", lambda text: sorted(set(text.encode())))
     home.setattr(data, "encode", encode_bytes)
-    home.setattr(data, "decode", lambda ids, vocab: bytes(vocab[i] for i in ids).decode("latin-1"))
+    home.setattr(
+        data, "decode", lambda ids, vocab: bytes(vocab[i] for i in ids).decode(errors="replace")
+    )
     for name in ("train", "sample"):  # as in a process that starts now
         home.delitem(sys.modules, name)
     fork, fork_sample = importlib.import_module("train"), importlib.import_module("sample")
     screen = [*said(fork.main, TINY), *said(fork.main, ["--help"])]
     for flags in (["--prompt", "the 🦊"], ["--routing"], ["--help"]):
         screen += said(fork_sample.main, [*SAMPLE, *flags])
-        assert flags[0] != "--prompt" or len(screen[-2]) == len("the 🦊" + 5 * "." + "\n")
     _, error = said(fork_sample.main, [*SAMPLE, "--prompt", "naïve 0"], status=2)
     assert "the model never saw ['0']" in error
     screen = "".join([*screen, error])
+    spoken = torch.from_numpy(data.encode("ï, 🦊", read()["vocab"]))  # characters of 2 and 4 bytes
+    home.setattr(GPT, "stream", lambda *how: iter(spoken))
+    assert said(fork_sample.main, [*SAMPLE, "--prompt", "🦊 "])[0] == "🦊 ï, 🦊\n"
     assert "validation bytes, unseen" in screen
     assert "bytes to train on" in screen and "nats per byte" in screen and "the 🦊" in screen
     assert "character" not in screen and "bytes_per_second" in log()[0]
@@ -816,7 +823,12 @@ def test_the_map_fits_the_screen_and_has_a_row_for_each_reader(home, residual, n
     rows = rows[-2 * n_layer - 1 :]
     labels = [f"{kind} {i + 1}" for i in range(n_layer) for kind in ("att", "MLP")]
     assert [row[:10].strip() for row in rows] == [*labels, "output"]
-    assert rows[0].endswith("100") or residual == "attnres" and rows[0].endswith("█")
+    heads = weights.splitlines()[1]
+    if heads.startswith("("):  # shades, where cells of three columns would not fit
+        assert heads.endswith("; 1 in a column)" if n_layer == 12 else "; 2 in a column)")
+        assert rows[0] == "att 1     █"
+    else:
+        assert rows[0].endswith("100") and len(rows[0]) == heads.index("x0") + 2
     if width == 130:
         sums = [sum(map(int, re.findall(r"\d+", row[10:]))) for row in rows]
         assert sums == pytest.approx([100] * len(rows), abs=0.5 * len(rows))
