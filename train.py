@@ -542,7 +542,8 @@ def checksum_of_code():
 def note_other_code(checkpoint):
     require("code" in checkpoint, "this run was made by an older train.py: start another")
     if checkpoint["code"] != checksum_of_code():
-        say("note: this run was made by another wav.py than the one that is here now")
+        note = "note: this run was made by another wav.py than the one that is here now"
+        print(note, file=sys.stderr)  # not into a text that sample.py writes
 
 
 # ----------------------------------------------------------------------------------------------
