@@ -34,7 +34,7 @@ kinds, shared by all blocks; for all other sources it is 0. It starts at -2: at 
 weighs e^-2 of a sum, and all details together 8 to 21 % of any mixture that they are in.
 
 Read on: the ordinary decoder; the method, plainly (`offer` and `GPT.route_plain`); the same,
-fast (`route_fast`, which computes each softmax in two parts and merges them exactly (7)).
+fast (`route_fast`, where a softmax is computed in two parts and merged exactly (7)).
 `python wav.py` shows the method in small and judges both forms: run it after every edit.
 
 Letters in shapes: B batch, T time, D width, H heads, V vocabulary, L layers, N sources,
@@ -82,7 +82,7 @@ class GPTConfig:
     n_head: int = 4
     n_embd: int = 128  # D, the width of the residual stream
     # Blocks that the layers are cut into, the last perhaps shorter; None: about 8 (7 layers: 4,
-    # of 2+2+2+1). attnres has none: there this only sets how many sublayers are routed at once.
+    # of 2+2+2+1). In attnres each sublayer is a block, and this only sets the chunk of route_fast.
     n_block: int | None = None
     residual: str = "wav"
     detail_bias: float = -2.0  # where the c of details starts
@@ -215,8 +215,8 @@ class GPT(nn.Module):
         self.details = [kind for kind in self.kinds if kind != "sum"]
 
         # S is the method's block, chunk what the fast form treats at once. They are the same, but
-        # in attnres, where each sublayer is a block. A last block that is shorter never completes:
-        # the output reads its running sum.
+        # in attnres, where each sublayer is a block. A last block that is shorter never completes
+        # and offers no details: the output reads its running sum.
         self.chunk = 2 * math.ceil(config.n_layer / config.n_block)
         self.block_size = 1 if config.residual == "attnres" else self.chunk  # S
 
@@ -276,8 +276,9 @@ class GPT(nn.Module):
         return route_fast(self, x, cache)  # or the plain form: self.route_plain(x, cache)
 
     def route_plain(self, x, cache=None, weights=None):
-        """The routed variants by the letter. To a list `weights` it adds, for each sublayer and
-        the output, the weights of what it read: {(kind, block): (B, T)}."""
+        """The routed variants by the letter. (GPT.route runs the fast form: after an edit here
+        change that line.) To a list `weights` it adds, for each sublayer and the output, the
+        weights of what it read: {(kind, block): (B, T)}."""
         S = self.block_size
         completed = {("x0", ""): x}  # what all later sublayers can read
         updates = []  # of the current block
@@ -382,7 +383,7 @@ def route_fast(model, x, cache=None):
         readers = slice(first, first + model.chunk)
         h_done, lse_done = mix(done, inv_rms, model.query[readers], c[readers, : len(done)])
         updates = []
-        running = None  # what this chunk has made so far: its sum, or in attnres each update
+        running = None  # the sources made here so far: (1, B, T, D), attnres (j+1, B, T, D)
         for j, query in enumerate(model.query[readers]):
             h = h_done[j]
             if updates:
@@ -392,11 +393,9 @@ def route_fast(model, x, cache=None):
             u = model.sublayers[first + j](h, cache).to(x.dtype)
             updates.append(u)
             if model.block_size == 1:
-                running = torch.stack(updates)  # each update is a source (3)
-            elif j == 0:
-                running = u[None]
+                running = torch.stack(updates)  # attnres: each update is a source (3)
             else:
-                running = running + u  # their sum is one source (4)
+                running = u[None] if j == 0 else running + u  # their sum is one source (4)
         if model.details:
             new, new_inv_rms = offer_at_once(model.basis, updates, running[0])
         else:
@@ -492,7 +491,7 @@ def block_counts(n_layer):
 
 def default_n_block(n_layer):
     """Nearest to 8, in ratio, of those with an even number of layers in a block (so that sum,
-    phase and split are orthogonal)."""
+    phase and split are orthogonal); a single layer is a single block."""
     even = [n for n in block_counts(n_layer) if math.ceil(n_layer / n) % 2 == 0]
     return min(even or [1], key=lambda n: abs(math.log(n / 8)))
 
