@@ -130,7 +130,7 @@ def print_routing(model, checkpoint, data_dir):
 
 def print_map(weights, names):
     """A row for each reader, weights (2L+1, N): shades, and numbers where there is room."""
-    width = shutil.get_terminal_size().columns - 10  # 80 - 10 when piped
+    width = max(1, shutil.get_terminal_size().columns - 10)  # 80 - 10 when piped
     cell = min(4, width // len(names))
     if cell >= 3:
         # Two lines of heads, such as "ph" over "3". The running sum has "+" for a number.

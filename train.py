@@ -20,6 +20,7 @@ import hashlib
 import importlib.util
 import math
 import os
+import shlex
 import signal
 import sys
 import threading
@@ -219,15 +220,16 @@ def main(argv=None):
             figures = evaluate(model, val_x, val_y, share, autocast)
             check_finite(figures["val_loss"], step)
             row = dict.fromkeys(columns)
-            row.update({name: round(figure, 6) for name, figure in figures.items()})
+            row.update({name: round(float(figure), 6) for name, figure in figures.items()})
             row.update(step=step, seconds=round(seconds, 1))
             said = [f"{name.removesuffix('_loss')} {x:.3f}" for name, x in figures.items()]
             if step > 0:
                 train_loss = mean_over_processes(losses).item() / (step - evaluated)
-                rate = args.learning_rate * schedule(args, step - 1)
-                row.update(train_loss=round(train_loss, 6), learning_rate=float(f"{rate:.6g}"))
+                row["train_loss"] = round(train_loss, 6)
                 said = [f"train {train_loss:.3f}", *said]
-                if step > since_step:
+                if step > since_step:  # else it goes on right here, perhaps under other settings
+                    rate = args.learning_rate * schedule(args, step - 1)
+                    row["learning_rate"] = float(f"{rate:.6g}")
                     speed = (step - since_step) * tokens_per_step / (seconds - since)
                     row[f"{TOKEN}s_per_second"] = round(speed)
                     said.append(f"{speed:,.0f} {TOKEN}s/s")
@@ -301,10 +303,11 @@ def main(argv=None):
         if device.type == "cuda":
             say(f"peak memory {torch.cuda.max_memory_allocated(device) / 1e6:,.0f} MB")
         say("a sample:")
-        say(some_text(model, text.vocab, out_dir / "best.pt"))
-        say(f"next: python sample.py --out_dir {out_dir}")
+        say(some_text(model, text.vocab, out_dir))
+        folder = shlex.quote(str(out_dir))
+        say(f"next: python sample.py --out_dir {folder}")
         if model.kinds:
-            say(f"      python sample.py --out_dir {out_dir} --routing")
+            say(f"      python sample.py --out_dir {folder} --routing")
 
 
 def read_settings(argv):
@@ -498,6 +501,8 @@ def claim(out_dir, overwrite):
     if overwrite:
         for name in ("best.pt", "ckpt.pt", "log.csv"):
             (out_dir / name).unlink(missing_ok=True)
+    held = any((out_dir / name).exists() for name in ("best.pt", "ckpt.pt"))
+    require(not held, HELD.format(out_dir))
     try:
         open(out_dir / "log.csv", "x").close()
     except FileExistsError:
@@ -507,8 +512,12 @@ def claim(out_dir, overwrite):
 def save(path, state):
     """Write a checkpoint. It takes its place when it is whole: a crash leaves the last one."""
     part = path.with_name(path.name + ".part")
-    torch.save(state, part)
-    os.replace(part, path)
+    try:
+        torch.save(state, part)
+        os.replace(part, path)
+    except (OSError, RuntimeError) as error:  # torch.save raises the latter where a disk is full
+        part.unlink(missing_ok=True)
+        raise Refused(f"cannot write {path}: {error}") from None
 
 
 def write_log(path, columns, log):
@@ -550,9 +559,12 @@ def note_other_code(checkpoint):
 # What a person sees
 
 
-def some_text(model, vocab, path):
-    """300 tokens by the weights of a checkpoint."""
+def some_text(model, vocab, out_dir):
+    """300 tokens by the best weights of a run."""
     torch.compiler.set_stance("force_eager")  # text comes in other shapes
+    path = out_dir / "best.pt"
+    if not path.exists():
+        path = out_dir / "ckpt.pt"
     weights = torch.load(path, map_location="cpu", weights_only=True)["model"]
     model.load_state_dict(weights)
     line_end = data.encode("\n", vocab).clip(0)  # the first token, where none is a line end
