@@ -295,6 +295,8 @@ def main(argv=None):
         dist.destroy_process_group()
     if step < args.max_iters:
         say(f"stopped at step {step:,} and saved: the same command with --resume goes on")
+        if args.overwrite and not args.resume:
+            say("(--resume in place of --overwrite)")
         return 130
     if rank == 0:
         speed = step * tokens_per_step / seconds
