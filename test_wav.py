@@ -512,6 +512,18 @@ def test_python_wav_py_exits_with_the_verdict(monkeypatch, wrong):
     assert end.value.code == wrong
 
 
+def test_a_fast_form_that_errs_in_a_shorter_last_block_alone_makes_the_lesson_exit_1(
+    monkeypatch, capsys
+):
+    fast = wav.route_fast
+    errs = lambda model: len(model.sublayers) % model.chunk > 0
+    monkeypatch.setattr(wav, "route_fast", lambda m, x, cache: (fast(m, x, cache), x)[errs(m)])
+    status, out = lesson(capsys)
+    assert status == 1 and all(
+        f"{residual}: GPT.route and route_plain" in out for residual in KINDS
+    )
+
+
 @pytest.mark.parametrize("eps", [1e-6, math.nan])
 def test_a_larger_eps_in_the_norm_makes_the_lesson_exit_1(monkeypatch, capsys, eps):
     monkeypatch.setattr(wav, "rms", lambda x: (x.square().mean(-1, keepdim=True) + eps).sqrt())
