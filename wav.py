@@ -8,21 +8,21 @@ stream it reads the token embedding x_0 plus every update so far, each with weig
     standard        h_l = x_0 + u_1 + ... + u_{l-1}                                     (1)
 
 For the attention of layer 40, l = 79, that is a sum of 79 terms, and none can be weighed.
-*Attention Residuals* change that. Each sublayer mixes *sources* s by a softmax: attention over depth
-instead of time. Its query q_l is a learned vector. The output, which feeds the head, is one more
-reader, l = 2L + 1.
+*Attention Residuals* change that. Each sublayer mixes *sources* s by a softmax: attention over
+depth instead of time. Its query q_l is a learned vector. The output, which feeds the head, is one
+more reader, l = 2L + 1.
 
     h_l = sum over s of a_s s,
     a   = softmax over s of ( q_l . RMSNorm(s) + c )                                    (2)
 
-The keys are normalised, so that no source is preferred for being large. The values are not: with
-q = 0 and c = 0 the mixture is (1), divided by the number of its terms.
+The keys are normalised, so that no source is preferred for being large. The values are not: where
+q is 0 a mixture of x_0 and sums is (1), divided by the number of sources.
 
 The routed variants differ in their sources, and only wav has a bias c:
 
     attnres         x_0 and each update u_1 ... u_{l-1}                                 (3)
-    block_attnres   x_0, the sum of each completed block of layers, and the running sum
-                    of the current block: far fewer sources, but each only a sum        (4)
+    block_attnres   x_0, the sum of each completed block of layers and, from a block's second
+                    sublayer on, its running sum: far fewer sources, but only sums      (4)
     wav             those of (4), and two *details* of each completed block: how did its
                     sum come about? phase is its attentions minus its MLPs, and split
                     its first half minus its second half                                (5)
@@ -86,7 +86,7 @@ class GPTConfig:
     n_embd: int = 128  # D, the width of the residual stream
     # Blocks that the layers are cut into, the last perhaps shorter. None: near 8, with an even
     # number of layers in a block (48 layers: 8; 12: 6; 13: 7; 7: 4, of 2+2+2+1). In attnres each
-    # sublayer is a block, and this only says how many of them route_fast takes at once.
+    # sublayer is a block, and this only counts the chunks in which route_fast takes them.
     n_block: int | None = None
     residual: str = "wav"
     detail_bias: float = -2.0  # where the c of details starts
@@ -227,7 +227,8 @@ class GPT(nn.Module):
         self.block_size = 1 if config.residual == "attnres" else self.chunk  # S
 
         # PyTorch starts each layer with random numbers; init_weights draws them anew. The generator
-        # goes back to where it was: so a layer added here does not move the others' start.
+        # goes back to where it was: so a layer added here, under a name of its own, does not move
+        # the others' start.
         with torch.random.fork_rng(devices=()):
             self.embed = nn.Embedding(config.vocab_size, config.n_embd)
             self.sublayers = nn.ModuleList()
@@ -282,8 +283,8 @@ class GPT(nn.Module):
         """From x_0 (B, T, D) to what the head reads (B, T, D).
 
         Under bf16 autocast sources, their rms, g and the softmax stay fp32, as the standard stream
-        does. Products are bf16: q . s and, in the fast form, the mixing. So the two forms are then
-        about as far apart as each is from fp32.
+        does (see `rms`, each `.to`, and autocast(enabled=False) in offer_at_once). Products are
+        bf16: those with q and, in the fast form, the mixing; so the two forms then differ.
         """
         return route_fast(self, x, cache)  # or the plain form: self.route_plain(x, cache)
 
@@ -381,22 +382,23 @@ class GPT(nn.Module):
 #     (Z_done h_done + Z_run h_run) / (Z_done + Z_run)
 #         = h_run + sigmoid(lse_done - lse_run) (h_done - h_run)                          (7)
 #
-# The sigmoid is this arithmetic, not a gate that learns.
+# The sigmoid is this arithmetic, not a gate that learns. For example wav, 12 layers in 6 blocks:
+# sublayers 9 to 12 read x_0 and 3 sources of 2 blocks in one pass; then 10, 11 and 12, one by one,
+# merge the running sum in.
 
 
 def route_fast(model, x, cache=None):
     """As GPT.route_plain: from x_0 (B, T, D) to what the head reads (B, T, D)."""
-    n_sublayer = len(model.sublayers)
-    n_complete = n_sublayer // model.block_size  # blocks, without a last one that is shorter
+    S, n_sublayer = model.block_size, len(model.sublayers)
+    c_block = model.bias([(kind, "") for kind in model.kinds])  # (2L+1, K), alike in all blocks
+    c = F.pad(c_block.repeat(1, n_sublayer // S), (1, 0))  # (2L+1, N), with a 0 for x_0
     done = x[None]  # the completed sources (N, B, T, D): x_0, then K of each block
-    inv_rms = 1 / rms(done)  # of each source, (N, B, T, 1)
-    c = model.bias([("x0", ""), *((kind, "") for kind in model.kinds * n_complete)])  # (2L+1, N)
+    inv_rms = 1 / rms(done)  # kept beside them: (N, B, T, 1)
     for first in range(0, n_sublayer + 1, model.chunk):  # + 1: the output is the last reader
-        # All that read in this block meet the completed sources at once.
+        # All queries of a chunk (a block; in attnres, several) read what is done in one pass.
         readers = slice(first, first + model.chunk)
         h_done, lse_done = mix(done, inv_rms, model.query[readers], c[readers, : len(done)])
-        updates = []
-        running = None  # what they make is a source at once: (1, B, T, D), attnres (j+1, B, T, D)
+        updates, running = [], None
         for j, query in enumerate(model.query[readers]):
             h = h_done[j]
             if updates:
@@ -405,10 +407,10 @@ def route_fast(model, x, cache=None):
                 return h  # to the head: no sublayer follows
             u = model.sublayers[first + j](h, cache).to(x.dtype)
             updates.append(u)
-            if model.block_size == 1:
-                running = torch.stack(updates)  # attnres: each update is a source (3)
+            if S == 1:
+                running = torch.stack(updates)  # (j+1, B, T, D): each update is a source (3)
             else:
-                running = u[None] if j == 0 else running + u  # their sum is one source (4)
+                running = u[None] if j == 0 else running + u  # (1, B, T, D): their sum is one (4)
         if model.details:
             new, new_inv_rms = offer_at_once(model.basis, updates, running[0])
         else:
@@ -423,9 +425,10 @@ def mix(sources, inv_rms, query, bias):
     sources (N, B, T, D), inv_rms (N, B, T, 1), query (Q, D), bias (Q, N). Returns Q mixtures
     (B, T, D) and the log-sum-exps of their logits, Q times (B, T).
     """
+    # Plainly, as in route_plain: logits = q . RMSNorm(s) + c, h = sum over N of softmax(logits) s.
     dots = sources @ query.T  # (N, B, T, Q); as q . RMSNorm(s) = (q . s) / rms(s), no key is stored
     logits = torch.addcmul(bias.T[:, None, None], dots, inv_rms)  # bias + dots * inv_rms
-    if len(sources) == 1:  # as in the first block, and a running sum: the one weight is 1
+    if len(sources) == 1:  # as in the first block, and a running sum: its weight is 1
         return [sources[0]] * len(query), logits[0].unbind(-1)
     lse = logits.logsumexp(0)  # (B, T, Q)
     mixing = (logits - lse).exp()  # (N, B, T, Q)
@@ -439,7 +442,7 @@ def mix(sources, inv_rms, query, bias):
 def merge(h_done, lse_done, running, query):
     """What one query (D) reads: the running sources (N, B, T, D) merged into the mixture of the
     completed ones, h_done (B, T, D) with its lse_done (B, T). Returns (B, T, D)."""
-    no_bias = query.new_zeros(1, len(running))
+    no_bias = query.new_zeros(1, len(running))  # a running source is no detail
     (h_run,), (lse_run,) = mix(running, 1 / rms(running), query[None], no_bias)
     from_done = torch.sigmoid(lse_done - lse_run)[..., None]  # Z_done / (Z_done + Z_run)
     return torch.lerp(h_run, h_done, from_done)  # h_run + from_done (h_done - h_run), (7)
