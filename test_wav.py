@@ -10,6 +10,7 @@ import functools
 import itertools
 import math
 import runpy
+import warnings
 
 import pytest
 import torch
@@ -378,9 +379,12 @@ def test_what_a_fork_adds_keeps_its_own_start_and_moves_nobody_elses(monkeypatch
             self.mine = torch.nn.Parameter(torch.randn(3))
             self.layer = torch.nn.Linear(5, 5)
 
-    expected, after = make(residual, trained=False).state_dict(), torch.rand(1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        expected, after = make(residual, trained=False).state_dict(), torch.rand(1)
     monkeypatch.setattr(wav, "Attention", Attention)
-    forked = make(residual, trained=False).state_dict()
+    with pytest.warns(UserWarning, match="init_weights does not know layer: it keeps"):
+        forked = make(residual, trained=False).state_dict()
     assert all(forked[name].equal(p) for name, p in expected.items()) and torch.rand(1) == after
     assert forked["sublayers.0.mine"].std() > 0.1 and forked["sublayers.0.layer.bias"].any()
 

@@ -51,6 +51,7 @@ References
 
 import math
 import sys
+import warnings
 from dataclasses import dataclass
 
 import torch
@@ -252,7 +253,7 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self):
-        """GPT-2's start, by the names of the layers. (Others keep PyTorch's own.)
+        """GPT-2's start, by the names of the layers. (Others keep PyTorch's own, with a warning.)
 
         embed, head, qkv, gate, up    normal, 0.02
         proj, down                    normal, 0.02 / sqrt(2L), since 2L of them add up in (1)
@@ -263,6 +264,8 @@ class GPT(nn.Module):
                 p.normal_(std=0.02)
             elif layer in ("proj", "down"):
                 p.normal_(std=0.02 / math.sqrt(len(self.sublayers)))
+            elif p.ndim > 1:
+                warnings.warn(f"init_weights does not know {layer}: it keeps PyTorch's own start")
 
     def forward(self, idx, targets=None, cache=None):
         """Ids (B, T), up to n_ctx of them, to logits (B, T, V) and, given targets (B, T), the mean
@@ -289,9 +292,9 @@ class GPT(nn.Module):
         return route_fast(self, x, cache)  # or the plain form: self.route_plain(x, cache)
 
     def route_plain(self, x, cache=None, weights=None):
-        """The routed variants by the letter. An edit here alone changes no training, which runs
-        GPT.route: let it call this form, too. (`python wav.py` and GPT.routing say where the two
-        differ.) To a list `weights` it adds, for each sublayer and the output, the weights of what
+        """The routed variants by the letter. After an edit here let GPT.route call this form, too:
+        training runs that one (train.py, `python wav.py` and GPT.routing refuse where the two
+        differ). To a list `weights` it adds, for each sublayer and the output, the weights of what
         it read: {(kind, block): (B, T)}."""
         S = self.block_size
         completed = {("x0", ""): x}  # what all later sublayers can read
@@ -536,7 +539,7 @@ def main():
         line += f"{off:16.0e}{as_is:16.0e}"
         if model.kinds and not off <= 1e-9:  # nan is wrong, too
             wrong.append(f"{residual} does not start as standard: is an eps too large, a source")
-            wrong.append("  counted twice, or the sum of a block not offered?")
+            wrong.append("  counted twice, the sum of a block not offered, an addition not 0?")
         if model.kinds:
             uneven = start(residual, idx, n_layer=7)[1]
             apart = torch.stack([fast_off_plain(m, idx) for m in (model, uneven)]).max()

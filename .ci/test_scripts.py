@@ -322,15 +322,18 @@ def test_a_run_goes_with_its_text_alone(change):
     said(sample.main, SAMPLE)  # needs no text
 
 
-def test_both_scripts_say_in_a_line_if_wav_py_is_another(home):
+@pytest.mark.parametrize("edited", ["wav.py", "train.py", "data.py"])
+def test_both_scripts_say_in_a_line_if_the_code_has_changed_since(home, edited):
     train.main(TINY)
+    for name in ("wav.py", "train.py", "data.py"):
+        Path(name).write_bytes((ROOT / name).read_bytes())
+    home.setattr(wav, "__file__", "wav.py")
     for changed, steps in ((False, "6"), (True, "8")):
         if changed:
-            Path("wav.py").write_bytes(Path(wav.__file__).read_bytes() + b"# edited\n")
-            home.setattr(wav, "__file__", "wav.py")
+            Path(edited).write_bytes(Path(edited).read_bytes() + b"# edited\n")
         for main, argv in ((sample.main, SAMPLE), (train.main, [*RESUME, "--max_iters", steps])):
             lines = "".join(said(main, argv)).splitlines()
-            assert sum("by another wav.py" in line for line in lines) == changed
+            assert sum("since this run was made, " in line for line in lines) == changed
 
 
 SETTINGS = "max_iters batch_size grad_accum eval_interval eval_windows n_ctx n_head n_embd n_layer"
@@ -541,6 +544,17 @@ def test_a_groups_own_rate_counts_in_every_step_and_the_log_holds_the_schedules(
     assert logged == pytest.approx(scheduled, rel=1e-5)
 
 
+@pytest.mark.parametrize("residual", RESIDUALS)
+def test_an_edit_of_the_plain_form_alone_is_refused_before_it_trains(home, residual):
+    plain = GPT.route_plain
+    home.setattr(GPT, "route_plain", lambda self, x, *rest: plain(self, x, *rest) + 1e-6 * x)
+    argv = [*TINY, "--residual", residual, "--dropout", "0.1"]
+    if residual in KINDS:
+        refused(train.main, argv, "GPT.route is not route_plain: `python wav.py` says more")
+        home.setattr(GPT, "route", GPT.route_plain)
+    train.main(argv)
+
+
 def test_an_optimizer_that_leaves_a_weight_out_is_refused(home):
     def all_but_queries(model, args):
         return torch.optim.SGD([p for n, p in model.named_parameters() if n != "query"], lr=0.1)
@@ -617,14 +631,16 @@ def test_two_processes_train_as_one():
     assert len(one) == 3 and np.allclose(one, two, rtol=0, atol=2e-5)
 
 
-def test_a_weight_without_gradient_is_named_under_torchrun_and_else_trains_on(home):
+def test_a_weight_without_gradient_is_named_and_under_torchrun_refused(home):
     class Fork(GPT):
         def __init__(self, config):
             super().__init__(config)
             self.unused = torch.nn.Linear(2, 2)
 
+    assert "no gradient" not in "".join(said(train.main, [*TINY, "--out_dir", "as it is"]))
     home.setattr(train, "GPT", Fork)
-    train.main(TINY)
+    note = "note: no gradient reaches ['unused.weight', 'unused.bias']\n"
+    assert note in "".join(said(train.main, TINY))
     home.setattr(dist, "init_process_group", lambda backend: None)
     home.setattr(dist, "barrier", lambda: None)
     for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
