@@ -15,8 +15,9 @@ more reader, l = 2L + 1.
     h_l = sum over s of a_s s,
     a   = softmax over s of ( q_l . RMSNorm(s) + c )                                    (2)
 
-The keys are normalised, so that no source is preferred for being large. The values are not: where
-q is 0 a mixture of x_0 and sums is (1), divided by the number of sources.
+The keys are normalised, so that no source is preferred for being large. The values stay raw: where
+q is 0, x_0 and sums then average to (1), divided by their number, and training can start from the
+standard network.
 
 The routed variants differ in their sources, and only wav has a bias c:
 
@@ -32,20 +33,21 @@ d may be much smaller than its block's sum. It is scaled to the same size; the s
 
     g = rms(sum) / rms(d), at most 1000; a number for each token, without gradient      (6)
 
-The bias is learned for details, one number c_{l,kind} for each reader l and each of the two
-kinds, shared by all blocks; for all other sources it is 0. It starts at -2: at first a detail
+The bias is learned for details: 2 (2L + 1) numbers, one c_{l,kind} for each reader l and each of
+the two kinds, shared by all blocks; for all other sources it is 0. It starts at -2: at first a detail
 weighs e^-2 of a sum, and all details together 8 to 21 % of any mixture that they are in.
 
 Read on: the ordinary decoder; the method, plainly (`offer` and `GPT.route_plain`); the same,
 fast (`route_fast`, where a softmax is computed in two parts and merged exactly (7)).
-`python wav.py` shows the method in small and judges both forms: run it after every edit.
+`python wav.py` shows the method in small and holds the form that runs against the plain one: run
+it after every edit.
 
 Letters in shapes: B batch, T time, D width, H heads, V vocabulary, L layers, N sources,
 S sublayers of a block (two a layer; attnres: 1), K kinds of source that a block offers.
 
 References
     WAV v1                        https://arxiv.org/abs/2606.06564v1
-    Attention Residuals           https://arxiv.org/abs/2603.15031
+    Attention Residuals           https://arxiv.org/abs/2603.15031 (route_fast: "two-phase")
     RoPE, RMSNorm, SwiGLU         https://arxiv.org/abs/2104.09864, 1910.07467, 2002.05202
 """
 
@@ -85,9 +87,10 @@ class GPTConfig:
     n_layer: int = 12  # L; a layer is two sublayers, attention and MLP
     n_head: int = 4
     n_embd: int = 128  # D, the width of the residual stream
-    # Blocks that the layers are cut into, the last perhaps shorter. None: near 8, with an even
-    # number of layers in a block (48 layers: 8; 12: 6; 13: 7; 7: 4, of 2+2+2+1). In attnres each
-    # sublayer is a block, and this only counts the chunks in which route_fast takes them.
+    # Blocks that the layers are cut into. None: near 8, with an even number of layers in each (48
+    # layers: 8; 12: 6). The last may be shorter (7 layers: 2+2+2+1): it never completes, and only
+    # its running sum is read, by its own sublayers and the output. In attnres each sublayer is a
+    # block, and this only counts the chunks in which route_fast takes them.
     n_block: int | None = None
     residual: str = "wav"
     detail_bias: float = -2.0  # where the c of details starts
@@ -211,8 +214,8 @@ def match(total, source):
 class GPT(nn.Module):
     """A decoder-only Transformer with a choice of residual variant.
 
-    embed, head; sublayers, 2L modules; query (2L+1, D) and detail_bias (2L+1, K-1), whose row
-    l-1 belongs to sublayer l and whose last one to the output.
+    embed, head; sublayers, 2L modules; where routed query (2L+1, D), in wav detail_bias (2L+1, 2):
+    row l-1 belongs to sublayer l, the last one to the output.
     """
 
     def __init__(self, config):
@@ -221,9 +224,8 @@ class GPT(nn.Module):
         self.kinds = KINDS.get(config.residual, ())
         self.details = [kind for kind in self.kinds if kind != "sum"]
 
-        # S: sublayers of a block. chunk: sublayers that the fast form takes at once, the same but
-        # in attnres, where S = 1. A last block that is shorter never completes and offers no
-        # details: its own sublayers and the output read its running sum.
+        # S: sublayers of a block. chunk: sublayers that route_fast takes at once: a block, but in
+        # attnres, where S = 1, several.
         self.chunk = 2 * math.ceil(config.n_layer / config.n_block)
         self.block_size = 1 if config.residual == "attnres" else self.chunk  # S
 
@@ -253,7 +255,7 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self):
-        """GPT-2's start, by the names of the layers. (Others keep PyTorch's own, with a warning.)
+        """GPT-2's start, by the names of the layers. (Other matrices keep PyTorch's own, with a warning.)
 
         embed, head, qkv, gate, up    normal, 0.02
         proj, down                    normal, 0.02 / sqrt(2L), since 2L of them add up in (1)
@@ -287,15 +289,16 @@ class GPT(nn.Module):
 
         Under bf16 autocast sources, their rms, g and the softmax stay fp32, as the standard stream
         does (see `rms`, each `.to`, and autocast(enabled=False) in offer_at_once). Products are
-        bf16: those with q and, in the fast form, the mixing; so the two forms then differ.
+        bf16, those with q and, in the fast form, the mixing: so the two forms then differ. Logits
+        are fp32 again once c is added.
         """
         return route_fast(self, x, cache)  # or the plain form: self.route_plain(x, cache)
 
     def route_plain(self, x, cache=None, weights=None):
-        """The routed variants by the letter. After an edit here let GPT.route call this form, too:
-        training runs that one (train.py, `python wav.py` and GPT.routing refuse where the two
-        differ). To a list `weights` it adds, for each sublayer and the output, the weights of what
-        it read: {(kind, block): (B, T)}."""
+        """The routed variants by the letter. Training does not run this form but GPT.route, which
+        calls route_fast. After an edit here edit that, too, or let GPT.route call this form; until
+        then train.py refuses, and `python wav.py` says WRONG. To a list `weights` it adds, for each
+        sublayer and the output, the weights of what it read: {(kind, block): (B, T)}."""
         S = self.block_size
         completed = {("x0", ""): x}  # what all later sublayers can read
         updates = []  # of the current block
@@ -311,7 +314,7 @@ class GPT(nn.Module):
             if weights is not None:
                 weights.append(dict(zip(read, mixing)))
             if l > len(self.sublayers):
-                return h  # the output reads every block, not only the last
+                return h  # the output reads every block, too
             u = self.sublayers[l - 1](h, cache)
             updates.append(u.to(x.dtype))  # bf16 under autocast: back to fp32
             if len(updates) == S:
@@ -378,7 +381,7 @@ class GPT(nn.Module):
 # ----------------------------------------------------------------------------------------------
 # The same method, fast. A query is a parameter, not a function of the token. So before a block
 # runs, all its queries can read the completed sources at once; inside it only what it has made
-# itself is new. (Attention Residuals call it two-phase computation.) The two parts of a softmax,
+# itself is new. (In attnres take for a block a chunk of sublayers.) The two parts of a softmax,
 # over what is done and over what is running, merge exactly. If Z = exp(lse) is the sum of
 # exp(logits) of a part, the mixture of both is
 #
@@ -386,8 +389,8 @@ class GPT(nn.Module):
 #         = h_run + sigmoid(lse_done - lse_run) (h_done - h_run)                          (7)
 #
 # The sigmoid is this arithmetic, not a gate that learns. For example wav, 12 layers in 6 blocks:
-# sublayers 9 to 12 read x_0 and 3 sources of 2 blocks in one pass; then 10, 11 and 12, one by one,
-# merge the running sum in.
+# sublayers 9 to 12 read 7 sources, x_0 and 3 of each of 2 blocks, in one pass; then 10, 11 and 12,
+# one by one, merge the running sum in.
 
 
 def route_fast(model, x, cache=None):
@@ -397,7 +400,7 @@ def route_fast(model, x, cache=None):
     c = F.pad(c_block.repeat(1, n_sublayer // S), (1, 0))  # (2L+1, N), with a 0 for x_0
     done = x[None]  # the completed sources (N, B, T, D): x_0, then K of each block
     inv_rms = 1 / rms(done)  # kept beside them: (N, B, T, 1)
-    for first in range(0, n_sublayer + 1, model.chunk):  # + 1: the output is the last reader
+    for first in range(0, n_sublayer + 1, model.chunk):  # + 1: the output reads last
         # All queries of a chunk (a block; in attnres, several) read what is done in one pass.
         readers = slice(first, first + model.chunk)
         h_done, lse_done = mix(done, inv_rms, model.query[readers], c[readers, : len(done)])
@@ -414,6 +417,7 @@ def route_fast(model, x, cache=None):
                 running = torch.stack(updates)  # (j+1, B, T, D): each update is a source (3)
             else:
                 running = u[None] if j == 0 else running + u  # (1, B, T, D): their sum is one (4)
+        # Complete. Without details `running` is what it offers: its sum, in attnres each update.
         if model.details:
             new, new_inv_rms = offer_at_once(model.basis, updates, running[0])
         else:
@@ -495,11 +499,11 @@ def check_blocks(config):
     least = len(KINDS.get(config.residual, ()))
     counts = [n for n in block_counts(L) if 2 * math.ceil(L / n) >= least]
     require(counts, f"n_layer={L} is too short for the {least} sources of a block: add layers")
-    what = (
-        f"n_block={n_block!r} does not cut n_layer={L} into blocks of one size, {least} sublayers"
+    message = (
+        f"n_block={n_block!r} does not cut n_layer={L} into blocks of one size, {least} sublayers "
+        f"or more (the last may be shorter): try one of {counts}"
     )
-    hint = f"or more (the last may be shorter): try one of {counts}"
-    require(type(n_block) is int and n_block in counts, f"{what} {hint}")
+    require(type(n_block) is int and n_block in counts, message)
 
 
 def block_counts(n_layer):
