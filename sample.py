@@ -17,7 +17,7 @@ import torch
 import data
 from data import TOKEN
 from train import Parser, amount, count, natural, note_other_code, pick_device, run
-from wav import GPT, GPTConfig, require
+from wav import GPT, GPTConfig, Refused, require
 
 
 def main(argv=None):
@@ -75,7 +75,11 @@ def load_checkpoint(path, device="cpu"):
     """A model, ready to use, and all that train.py has saved with it. Runs no code in the file."""
     checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     note_other_code(checkpoint)
-    model = GPT(GPTConfig(**checkpoint["config"])).to(device)
+    try:
+        config = GPTConfig(**checkpoint["config"])
+    except (Refused, TypeError) as error:  # a fork's run, perhaps
+        raise Refused(f"{path} is not of this wav.py: {error}") from None
+    model = GPT(config).to(device)
     model.load_state_dict(checkpoint["model"])
     return model.eval(), checkpoint
 

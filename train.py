@@ -300,6 +300,7 @@ def main(argv=None):
         say(f"stopped at step {step:,} and saved: the same command with --resume goes on")
         if args.overwrite and not args.resume:
             say("(--resume in place of --overwrite)")
+        say(f"meanwhile: python sample.py --out_dir {shlex.quote(str(out_dir))}")
         return 130
     if rank == 0:
         speed = step * tokens_per_step / seconds

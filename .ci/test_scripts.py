@@ -155,8 +155,9 @@ def test_a_stopped_and_resumed_run_is_the_unbroken_run_to_the_bit(home, residual
         with home.context() as patch:
             stop_after(patch, step)
             out, _ = said(train.main, argv if step == 1 else RESUME, status=130)
-        last = f"stopped at step {step} and saved: the same command with --resume goes on"
-        assert out.splitlines()[-1] == last and read()["step"] == step
+        last = [f"stopped at step {step} and saved: the same command with --resume goes on"]
+        last.append("meanwhile: python sample.py --out_dir run")
+        assert out.splitlines()[-2:] == last and read()["step"] == step
         if step == 1:  # there is no best.pt yet
             assert "run/ckpt.pt" in said(sample.main, SAMPLE)[1]
         torch.manual_seed(99)
@@ -320,6 +321,17 @@ def test_a_run_goes_with_its_text_alone(change):
     refused(train.main, LONGER, words)
     refused(sample.main, [*SAMPLE, "--routing"], words)
     said(sample.main, SAMPLE)  # needs no text
+
+
+@pytest.mark.parametrize("changed", [{"residual": "mine"}, {"n_query": 2}])
+def test_the_run_of_a_fork_is_refused_by_name_where_wav_py_does_not_know_it(home, changed):
+    train.main(TINY)
+    checkpoint = read()
+    checkpoint["config"].update(changed)
+    torch.save(checkpoint, "run/best.pt")
+    (word,) = map(str, changed)
+    refused(sample.main, SAMPLE, "run/best.pt is not of this wav.py: ")
+    refused(sample.main, SAMPLE, word)
 
 
 @pytest.mark.parametrize("edited", ["wav.py", "train.py", "data.py"])
