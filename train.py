@@ -108,6 +108,7 @@ def amount(text):
 def main(argv=None):
     args, checkpoint = read_settings(argv)
     out_dir = Path(args.out_dir)
+    code = checksum_of_code()  # as it starts: an edit meanwhile does not reach this run
 
     # Processes and device. Under torchrun there are several, and each takes its share of a batch.
     rank, local_rank, world = read_processes()
@@ -135,7 +136,8 @@ def main(argv=None):
     val_x, val_y = data.windows(val_ids, args.n_ctx, val_starts)
 
     # The model and its optimiser
-    config = GPTConfig(vocab_size=len(text.vocab), **{name: getattr(args, name) for name in MODEL})
+    chosen = {name: getattr(args, name) for name in MODEL if name in args}  # others: the default
+    config = GPTConfig(vocab_size=len(text.vocab), **chosen)
     check_route(config)
     args.n_block = config.n_block  # None has become a number
     torch.manual_seed(args.seed)
@@ -181,7 +183,7 @@ def main(argv=None):
     idle = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
     require(world == 1 or not idle, f"no gradient for {idle[:3]}: torchrun cannot train it")
     if idle:
-        say(f"note: no gradient reaches {idle[:3]}")
+        say(f"note: the first batch gives {len(idle)} weights no gradient: {idle[:3]}")
     model.zero_grad()
     figures = evaluate(model, val_x[:share], val_y[:share], share, autocast)
     columns = ["step", "train_loss", *figures, "learning_rate", f"{TOKEN}s_per_second", "seconds"]
@@ -254,7 +256,7 @@ def main(argv=None):
                 "config": asdict(model.config),
                 "vocab": text.vocab,
                 "text": text.checksum,
-                "code": checksum_of_code(),
+                "code": code,
                 "model": model.state_dict(),
                 "optimizer": type(optimizer).__name__,
                 "moments": moments(model, optimizer),
@@ -300,7 +302,7 @@ def main(argv=None):
         say(f"stopped at step {step:,} and saved: the same command with --resume goes on")
         if args.overwrite and not args.resume:
             say("(--resume in place of --overwrite)")
-        say(f"meanwhile: python sample.py --out_dir {shlex.quote(str(out_dir))}")
+        say(f"meanwhile: python sample.py --out_dir {shlex.quote(out_dir.as_posix())}")
         return 130
     if rank == 0:
         speed = step * tokens_per_step / seconds
@@ -310,7 +312,7 @@ def main(argv=None):
             say(f"peak memory {torch.cuda.max_memory_allocated(device) / 1e6:,.0f} MB")
         say("a sample:")
         say(some_text(model, text.vocab, out_dir))
-        folder = shlex.quote(str(out_dir))
+        folder = shlex.quote(out_dir.as_posix())
         say(f"next: python sample.py --out_dir {folder}")
         if model.kinds:
             say(f"      python sample.py --out_dir {folder} --routing")
@@ -336,7 +338,8 @@ def read_settings(argv):
         parser.set_defaults(**before)
         args = parser.parse_args(argv)
         for name in FIXED:
-            new, old = getattr(args, name), before[name]
+            new = getattr(args, name, None)
+            old = before.get(name, new)  # a fork's own setting is missing in older runs
             hint = "leave it out, or start another run with --out_dir"
             require(new == old, f"{name}={new} contradicts {old}, of the run in {out_dir}: {hint}")
         done = checkpoint["step"]
@@ -476,9 +479,10 @@ def check_finite(x, step):
 def check_route(config):
     """Training runs GPT.route. Refused where that is not route_plain, which one reads and edits."""
     if config.residual in wav.KINDS:
-        small = replace(config, vocab_size=65, n_ctx=16, n_head=2, n_embd=16, dropout=0.0)
+        small = replace(config, vocab_size=65, n_ctx=16, n_embd=8 * config.n_head)
         apart = wav.fast_off_plain(GPT(small).double(), torch.arange(32).view(2, 16))
-        require(apart < 1e-9, "GPT.route is not route_plain: `python wav.py` says more")
+        cure = "edit route_fast too, or let GPT.route call self.route_plain"
+        require(apart < 1e-9, f"GPT.route is {apart:.0e} off route_plain: {cure}")
 
 
 def compile_parts(model):
@@ -559,8 +563,7 @@ def load_moments(model, optimizer, checkpoint):
 
 
 def checksum_of_code():
-    folder = Path(wav.__file__).parent
-    code = [(folder / name).read_bytes() for name in ("wav.py", "train.py", "data.py")]
+    code = [Path(path).read_bytes() for path in (wav.__file__, __file__, data.__file__)]
     return hashlib.sha256(b"".join(code)).hexdigest()
 
 

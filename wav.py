@@ -34,8 +34,8 @@ d may be much smaller than its block's sum. It is scaled to the same size; the s
     g = rms(sum) / rms(d), at most 1000; a number for each token, without gradient      (6)
 
 The bias is learned for details: 2 (2L + 1) numbers, one c_{l,kind} for each reader l and each of
-the two kinds, shared by all blocks; for all other sources it is 0. It starts at -2: at first a detail
-weighs e^-2 of a sum, and all details together 8 to 21 % of any mixture that they are in.
+the two kinds, shared by all blocks; for all other sources it is 0. It starts at -2: at first a
+detail weighs e^-2 of a sum, and all details together 8 to 21 % of any mixture that they are in.
 
 Read on: the ordinary decoder; the method, plainly (`offer` and `GPT.route_plain`); the same,
 fast (`route_fast`, where a softmax is computed in two parts and merged exactly (7)).
@@ -90,7 +90,7 @@ class GPTConfig:
     # Blocks that the layers are cut into. None: near 8, with an even number of layers in each (48
     # layers: 8; 12: 6). The last may be shorter (7 layers: 2+2+2+1): it never completes, and only
     # its running sum is read, by its own sublayers and the output. In attnres each sublayer is a
-    # block, and this only counts the chunks in which route_fast takes them.
+    # block, and this counts the chunks in which route_fast takes them.
     n_block: int | None = None
     residual: str = "wav"
     detail_bias: float = -2.0  # where the c of details starts
@@ -255,7 +255,7 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self):
-        """GPT-2's start, by the names of the layers. (Other matrices keep PyTorch's own, with a warning.)
+        """GPT-2's start, by the names of the layers. (Other matrices keep their own, with a warning.)
 
         embed, head, qkv, gate, up    normal, 0.02
         proj, down                    normal, 0.02 / sqrt(2L), since 2L of them add up in (1)
@@ -267,7 +267,7 @@ class GPT(nn.Module):
             elif layer in ("proj", "down"):
                 p.normal_(std=0.02 / math.sqrt(len(self.sublayers)))
             elif p.ndim > 1:
-                warnings.warn(f"init_weights does not know {layer}: it keeps PyTorch's own start")
+                warnings.warn(f"init_weights does not know {name}: it keeps the start it has")
 
     def forward(self, idx, targets=None, cache=None):
         """Ids (B, T), up to n_ctx of them, to logits (B, T, V) and, given targets (B, T), the mean
@@ -532,7 +532,7 @@ def main():
     for kind, sign in SIGNS.items():
         print(f"  {kind:20}" + "".join(f"{sign(j, 4):+10g}" for j in range(4)))
 
-    print("\n12 layers                             the start, off standard        fast form,")
+    print("\n12 layers (fast form: 7, too)         the start, off standard        fast form,")
     print("                       parameters      no details         details       off plain")
     idx = torch.arange(32).view(2, 16)
     wrong = []
@@ -574,6 +574,7 @@ def fast_off_plain(model, idx):
         p.data = 0.1 * torch.randn_like(p)
     found = []
     for form in (model.route, model.route_plain):
+        torch.manual_seed(1)  # both drop the same, where something drops
         h = rms_norm(form(model.embed(idx)))
         loss = F.cross_entropy(model.head(h).flatten(0, 1), idx.flatten())
         gradients = torch.autograd.grad(loss, [*model.parameters()], materialize_grads=True)

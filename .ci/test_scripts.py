@@ -5,6 +5,7 @@ What train.py, sample.py and data.py promise: `pytest .ci/test_scripts.py`.
 import contextlib
 import copy
 import csv
+import dataclasses
 import http.server
 import importlib
 import importlib.util
@@ -337,9 +338,10 @@ def test_the_run_of_a_fork_is_refused_by_name_where_wav_py_does_not_know_it(home
 @pytest.mark.parametrize("edited", ["wav.py", "train.py", "data.py"])
 def test_both_scripts_say_in_a_line_if_the_code_has_changed_since(home, edited):
     train.main(TINY)
-    for name in ("wav.py", "train.py", "data.py"):
-        Path(name).write_bytes((ROOT / name).read_bytes())
-    home.setattr(wav, "__file__", "wav.py")
+    for module in (wav, train, data):
+        name = Path(module.__file__).name
+        Path(name).write_bytes(Path(module.__file__).read_bytes())
+        home.setattr(module, "__file__", name)
     for changed, steps in ((False, "6"), (True, "8")):
         if changed:
             Path(edited).write_bytes(Path(edited).read_bytes() + b"# edited\n")
@@ -562,9 +564,30 @@ def test_an_edit_of_the_plain_form_alone_is_refused_before_it_trains(home, resid
     home.setattr(GPT, "route_plain", lambda self, x, *rest: plain(self, x, *rest) + 1e-6 * x)
     argv = [*TINY, "--residual", residual, "--dropout", "0.1"]
     if residual in KINDS:
-        refused(train.main, argv, "GPT.route is not route_plain: `python wav.py` says more")
+        refused(train.main, argv, "off route_plain: edit route_fast too")
         home.setattr(GPT, "route", GPT.route_plain)
     train.main(argv)
+
+
+def test_forms_that_drop_alike_train_and_a_dropout_in_the_plain_form_alone_is_refused(home):
+    drop, forward, plain = torch.nn.functional.dropout, wav.MLP.forward, GPT.route_plain
+    home.setattr(wav.MLP, "forward", lambda self, *rest: drop(forward(self, *rest), 0.5))
+    train.main(TINY)
+    home.setattr(GPT, "route_plain", lambda self, *rest: drop(plain(self, *rest), 0.5))
+    refused(train.main, [*TINY, "--out_dir", "two"], "off route_plain")
+
+
+def test_a_setting_of_a_fork_without_a_flag_keeps_its_default_and_older_runs_go_on(home):
+    @dataclasses.dataclass
+    class Config(GPTConfig):
+        n_query: int = 1
+
+    train.main(TINY)
+    home.setattr(train, "GPTConfig", Config)
+    home.setattr(train, "MODEL", [*train.MODEL, "n_query"])
+    home.setattr(train, "FIXED", [*train.FIXED, "n_query"])
+    train.main(LONGER)
+    assert read()["config"]["n_query"] == 1
 
 
 def test_an_optimizer_that_leaves_a_weight_out_is_refused(home):
@@ -649,9 +672,9 @@ def test_a_weight_without_gradient_is_named_and_under_torchrun_refused(home):
             super().__init__(config)
             self.unused = torch.nn.Linear(2, 2)
 
-    assert "no gradient" not in "".join(said(train.main, [*TINY, "--out_dir", "as it is"]))
+    assert "first batch" not in "".join(said(train.main, [*TINY, "--out_dir", "as it is"]))
     home.setattr(train, "GPT", Fork)
-    note = "note: no gradient reaches ['unused.weight', 'unused.bias']\n"
+    note = "note: the first batch gives 2 weights no gradient: ['unused.weight', 'unused.bias']\n"
     assert note in "".join(said(train.main, TINY))
     home.setattr(dist, "init_process_group", lambda backend: None)
     home.setattr(dist, "barrier", lambda: None)
