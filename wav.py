@@ -16,8 +16,8 @@ more reader, l = 2L + 1.
     a   = softmax over s of ( q_l . RMSNorm(s) + c )                                    (2)
 
 The keys are normalised, so that no source is preferred for being large. The values stay raw: where
-q is 0, x_0 and sums then average to (1), divided by their number, and training can start from the
-standard network.
+q and c are 0 every weight is 1/N, and a mixture of x_0 and updates, or their sums, is (1) divided
+by N. So training can start from the standard network.
 
 The routed variants differ in their sources, and only wav has a bias c:
 
@@ -28,8 +28,9 @@ The routed variants differ in their sources, and only wav has a bias c:
                     sum come about? phase is its attentions minus its MLPs, and split
                     its first half minus its second half                                (5)
 
-So wav sees a block at two resolutions: what it adds up to, and where its updates differ. A detail
-d may be much smaller than its block's sum. It is scaled to the same size; the source is g d with
+So wav sees a block at two resolutions: what it adds up to, and where its updates differ. A running
+block offers no details. A detail d may be much smaller than its block's sum, so it is scaled to
+the same size; the source is g d with
 
     g = rms(sum) / rms(d), at most 1000; a number for each token, without gradient      (6)
 
@@ -69,8 +70,8 @@ KINDS = {
 RESIDUALS = ("standard", *KINDS)
 
 # Each kind is one line: the sign of sublayer j = 0 ... S-1 of a block; even j is attention, odd j
-# MLP. S is even where there are details, so their signs add up to 0: what all updates share is
-# in the sum already. With an even number of layers in a block the three rows are orthogonal.
+# MLP. S is even where there are details, so the signs of a detail add up to 0: what all updates
+# share is in the sum already. In a block of an even number of layers the rows are orthogonal.
 SIGNS = {
     "sum": lambda j, S: +1,
     "phase": lambda j, S: +1 if j % 2 == 0 else -1,  # attention minus MLP
@@ -90,7 +91,7 @@ class GPTConfig:
     # Blocks that the layers are cut into. None: near 8, with an even number of layers in each (48
     # layers: 8; 12: 6). The last may be shorter (7 layers: 2+2+2+1): it never completes, and only
     # its running sum is read, by its own sublayers and the output. In attnres each sublayer is a
-    # block, and this counts the chunks in which route_fast takes them.
+    # block, whatever this is; it then sets the chunks of route_fast: speed, not the result.
     n_block: int | None = None
     residual: str = "wav"
     detail_bias: float = -2.0  # where the c of details starts
@@ -224,8 +225,7 @@ class GPT(nn.Module):
         self.kinds = KINDS.get(config.residual, ())
         self.details = [kind for kind in self.kinds if kind != "sum"]
 
-        # S: sublayers of a block. chunk: sublayers that route_fast takes at once: a block, but in
-        # attnres, where S = 1, several.
+        # S: sublayers of a block. chunk: sublayers that route_fast takes at once, a block or more.
         self.chunk = 2 * math.ceil(config.n_layer / config.n_block)
         self.block_size = 1 if config.residual == "attnres" else self.chunk  # S
 
@@ -255,7 +255,7 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self):
-        """GPT-2's start, by the names of the layers. (Other matrices keep their own, with a warning.)
+        """GPT-2's start, by the names of the layers. (Other matrices keep theirs, with a warning.)
 
         embed, head, qkv, gate, up    normal, 0.02
         proj, down                    normal, 0.02 / sqrt(2L), since 2L of them add up in (1)
@@ -287,10 +287,10 @@ class GPT(nn.Module):
     def route(self, x, cache=None):
         """From x_0 (B, T, D) to what the head reads (B, T, D).
 
-        Under bf16 autocast sources, their rms, g and the softmax stay fp32, as the standard stream
-        does (see `rms`, each `.to`, and autocast(enabled=False) in offer_at_once). Products are
-        bf16, those with q and, in the fast form, the mixing: so the two forms then differ. Logits
-        are fp32 again once c is added.
+        Under bf16 autocast sources, their rms, g, logits and softmax stay fp32, like the standard
+        stream (by `rms`, each `.to`, and autocast(enabled=False) in offer_at_once). Two products
+        are bf16: query times source and, in the fast form alone, weights times sources; so the two
+        forms then differ a little.
         """
         return route_fast(self, x, cache)  # or the plain form: self.route_plain(x, cache)
 
@@ -381,9 +381,8 @@ class GPT(nn.Module):
 # ----------------------------------------------------------------------------------------------
 # The same method, fast. A query is a parameter, not a function of the token. So before a block
 # runs, all its queries can read the completed sources at once; inside it only what it has made
-# itself is new. (In attnres take for a block a chunk of sublayers.) The two parts of a softmax,
-# over what is done and over what is running, merge exactly. If Z = exp(lse) is the sum of
-# exp(logits) of a part, the mixture of both is
+# itself is new. The two parts of a softmax, over what is done and over what is running, merge
+# exactly. If Z = exp(lse) is the sum of exp(logits) of a part, the mixture of both is
 #
 #     (Z_done h_done + Z_run h_run) / (Z_done + Z_run)
 #         = h_run + sigmoid(lse_done - lse_run) (h_done - h_run)                          (7)
@@ -404,7 +403,7 @@ def route_fast(model, x, cache=None):
         # All queries of a chunk (a block; in attnres, several) read what is done in one pass.
         readers = slice(first, first + model.chunk)
         h_done, lse_done = mix(done, inv_rms, model.query[readers], c[readers, : len(done)])
-        updates, running = [], None
+        updates, running = [], None  # running: the sources made in this chunk so far, set below
         for j, query in enumerate(model.query[readers]):
             h = h_done[j]
             if updates:
