@@ -335,13 +335,30 @@ def test_the_run_of_a_fork_is_refused_by_name_where_wav_py_does_not_know_it(home
     refused(sample.main, SAMPLE, word)
 
 
-@pytest.mark.parametrize("edited", ["wav.py", "train.py", "data.py"])
-def test_both_scripts_say_in_a_line_if_the_code_has_changed_since(home, edited):
-    train.main(TINY)
+def copy_code(home):
+    """The code of this project into the working directory, where a test may edit it."""
     for module in (wav, train, data):
         name = Path(module.__file__).name
         Path(name).write_bytes(Path(module.__file__).read_bytes())
         home.setattr(module, "__file__", name)
+
+
+def test_an_edit_while_a_run_goes_on_is_not_taken_for_its_code(home):
+    def edits(*args):
+        Path("wav.py").write_text("# edited")
+        return evaluate(*args)
+
+    copy_code(home)
+    evaluate = train.evaluate
+    home.setattr(train, "evaluate", edits)
+    train.main(TINY)
+    assert "since this run was made, " in said(sample.main, SAMPLE)[1]
+
+
+@pytest.mark.parametrize("edited", ["wav.py", "train.py", "data.py"])
+def test_both_scripts_say_in_a_line_if_the_code_has_changed_since(home, edited):
+    train.main(TINY)
+    copy_code(home)
     for changed, steps in ((False, "6"), (True, "8")):
         if changed:
             Path(edited).write_bytes(Path(edited).read_bytes() + b"# edited\n")
