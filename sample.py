@@ -76,11 +76,10 @@ def load_checkpoint(path, device="cpu"):
     checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     note_other_code(checkpoint)
     try:
-        config = GPTConfig(**checkpoint["config"])
-    except (Refused, TypeError) as error:  # a fork's run, perhaps
-        raise Refused(f"{path} is not of this wav.py: {error}") from None
-    model = GPT(config).to(device)
-    model.load_state_dict(checkpoint["model"])
+        model = GPT(GPTConfig(**checkpoint["config"])).to(device)
+        model.load_state_dict(checkpoint["model"])
+    except (Refused, TypeError, RuntimeError) as error:  # a fork's run, perhaps
+        raise Refused(f"{path} is not of this wav.py: {' '.join(str(error).split())}") from None
     return model.eval(), checkpoint
 
 

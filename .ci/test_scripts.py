@@ -333,6 +333,10 @@ def test_the_run_of_a_fork_is_refused_by_name_where_wav_py_does_not_know_it(home
     (word,) = map(str, changed)
     refused(sample.main, SAMPLE, "run/best.pt is not of this wav.py: ")
     refused(sample.main, SAMPLE, word)
+    checkpoint = read()
+    checkpoint["model"]["query"] = torch.zeros(9, 5)  # as fixed weights have it
+    torch.save(checkpoint, "run/best.pt")
+    refused(sample.main, SAMPLE, "size mismatch for query")
 
 
 def copy_code(home):
@@ -584,6 +588,12 @@ def test_an_edit_of_the_plain_form_alone_is_refused_before_it_trains(home, resid
         refused(train.main, argv, "off route_plain: edit route_fast too")
         home.setattr(GPT, "route", GPT.route_plain)
     train.main(argv)
+
+
+def test_a_frozen_weight_does_not_stop_the_comparison_of_forms():
+    model = tiny_model().double()
+    model.embed.weight.requires_grad_(False)
+    assert wav.fast_off_plain(model, torch.arange(8).view(2, 4)) < 1e-9
 
 
 def test_forms_that_drop_alike_train_and_a_dropout_in_the_plain_form_alone_is_refused(home):
