@@ -6,26 +6,28 @@ Train a model on text.
     python train.py --resume                                   # go on where a run stopped
     torchrun --nproc_per_node=4 train.py --batch_size 64       # four GPUs
 
-A run is kept in a folder, out/DATASET-RESIDUAL-LAYERSxWIDTH unless --out_dir names another:
+A run has a folder, out/DATASET-RESIDUAL-LAYERSxWIDTH unless --out_dir names another. It is written
+at every evaluation, and only then. Ctrl-C evaluates, writes and ends.
 
-    ckpt.pt     the last state, where --resume goes on
-    best.pt     the state with the lowest validation loss, which sample.py takes
-    log.csv     a row for each evaluation
+    ckpt.pt          the last state, from which --resume goes on
+    best.pt          the state with the lowest validation loss, which sample.py takes
+    log.csv          a row for each evaluation; train_loss is the mean since the row before
+    settings.json    all settings
+
+To compare runs: tail -qn1 out/*/log.csv
 """
 
 import argparse
 import contextlib
 import csv
-import hashlib
 import importlib.util
+import json
 import math
 import os
-import shlex
 import signal
 import sys
-import threading
 import time
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import torch
@@ -35,19 +37,20 @@ from tqdm import tqdm
 
 import data
 import wav
-from data import TOKEN
 from wav import GPT, RESIDUALS, GPTConfig, Refused, require
 
-# What --resume cannot change: the model, and what its batches and its evaluations are made of.
-MODEL = [field.name for field in fields(GPTConfig) if field.name != "vocab_size"]
-FIXED = [*MODEL, "batch_size", "grad_accum", "eval_windows", "seed"]
+# --resume may change these. All other settings make a run what it is.
+MAY_CHANGE = {"dataset", "data_dir", "out_dir", "resume", "overwrite", "device", "compile"}
+MAY_CHANGE |= {"max_iters", "eval_interval"}
+MAY_CHANGE |= {"batch_size", "grad_accum"}  # if their product stays: then a step reads the same
+
+CODE = Path(wav.__file__).read_text("utf-8")  # read at start: it may be edited while a run goes on
 
 
 def make_parser():
-    """The settings. Their defaults train on two older CPU cores in 12 minutes."""
-    parser = Parser(
+    """The settings. By default a run takes 12 minutes on two older CPU cores."""
+    parser = argparse.ArgumentParser(
         description="Train a model on text.",
-        usage="python train.py [--SETTING VALUE ...]",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )
@@ -55,267 +58,38 @@ def make_parser():
     # The run
     add("--dataset", default="pydoc", help="pydoc, tinystories, text8 or the path of a text file")
     add("--data_dir", default="data", help="where downloads are kept")
-    add("--out_dir", help="where the run is kept; None: out/DATASET-RESIDUAL-LAYERSxWIDTH")
-    add("--resume", action="store_true", help="go on with the run in out_dir")
-    add("--overwrite", action="store_true", help="replace the run in out_dir")
+    add("--out_dir", help="folder of the run; None: out/DATASET-RESIDUAL-LAYERSxWIDTH")
+    either = parser.add_mutually_exclusive_group()
+    either.add_argument("--resume", action="store_true", help="go on with the run in out_dir")
+    either.add_argument("--overwrite", action="store_true", help="replace the run in out_dir")
     # The model
-    add("--residual", default="wav", choices=RESIDUALS, help="what a sublayer reads")
-    add(
-        "--n_layer", type=count, default=12, help="layers; each is two sublayers, attention and MLP"
-    )
-    add("--n_head", type=count, default=4, help="attention heads")
-    add("--n_embd", type=count, default=128, help="width of the residual stream")
-    add("--n_ctx", type=count, default=128, help=f"context, in {TOKEN}s")
-    add("--n_block", type=int, help="blocks that the layers are cut into; None: about 8")
-    add("--detail_bias", type=float, default=-2.0, help="where the bias of wav's details starts")
+    add("--residual", default="wav", choices=RESIDUALS, help="residual variant")
+    add("--n_layer", type=int, default=12, help="layers; each is two sublayers")
+    add("--n_head", type=int, default=4, help="attention heads")
+    add("--n_embd", type=int, default=128, help="width of the residual stream")
+    add("--n_ctx", type=int, default=128, help="context, in tokens")
+    add("--layers_per_block", type=int, help="None: an even number, for about 8 blocks")
+    add("--detail_bias", type=float, default=-2.0, help="initial bias of wav's details")
     add("--dropout", type=float, default=0.0, help="dropout probability")
     # The optimisation
-    add("--batch_size", type=count, default=16, help=f"windows of n_ctx {TOKEN}s, in all processes")
-    add("--grad_accum", type=count, default=1, help="batches in a step")
-    add("--max_iters", type=count, default=800, help="steps")
-    add("--learning_rate", type=amount, default=3e-3, help="peak learning rate")
-    add("--min_lr", type=amount, help="where the cosine ends; None: a tenth of the peak")
-    add("--warmup_iters", type=natural, default=50, help="steps of linear warm-up")
-    add("--weight_decay", type=amount, default=0.1, help="of matrices, not of queries or biases")
-    add("--grad_clip", type=amount, default=1.0, help="largest gradient norm; 0: any")
-    add("--seed", type=natural, default=1, help="of initialisation, batches and dropout")
+    add("--batch_size", type=int, default=16, help="windows of n_ctx tokens, over all processes")
+    add("--grad_accum", type=int, default=1, help="batches per step")
+    add("--max_iters", type=int, default=800, help="steps; the learning rate falls until then")
+    add("--learning_rate", type=float, default=3e-3, help="peak learning rate")
+    add("--min_lr", type=float, help="where the cosine ends; None: a tenth of the peak")
+    add("--warmup_iters", type=int, default=50, help="steps of linear warm-up")
+    add("--weight_decay", type=float, default=0.1, help="of matrices, not of queries or biases")
+    add("--grad_clip", type=float, default=1.0, help="largest gradient norm; 0: any")
+    add("--seed", type=int, default=1, help="of initial weights, batches and dropout")
     # Evaluation
-    add("--eval_interval", type=count, default=100, help="steps between evaluations")
-    add("--eval_windows", type=count, default=320, help=f"windows of n_ctx {TOKEN}s in one")
+    add("--eval_interval", type=int, default=100, help="steps between evaluations")
+    add("--eval_windows", type=int, default=320, help="validation windows of n_ctx tokens")
     # The machine
     add("--device", default="auto", help="auto, cpu, mps, cuda or cuda:N")
-    add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="of products")
+    dtypes = ("auto", "float32", "bfloat16")
+    add("--dtype", default="auto", choices=dtypes, help="of products; auto: bfloat16 on new GPUs")
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile; None: on CUDA")
     return parser
-
-
-def count(text, least=1):
-    if not least <= int(text) <= 10**9:
-        raise argparse.ArgumentTypeError(f"{text} must be a whole number, {least} to 10**9")
-    return int(text)
-
-
-def natural(text):
-    return count(text, least=0)
-
-
-def amount(text):
-    if not 0 <= float(text) < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} must be a number, 0 or more")
-    return float(text)
-
-
-def main(argv=None):
-    args, checkpoint = read_settings(argv)
-    out_dir = Path(args.out_dir)
-    code = checksum_of_code()  # as it starts: an edit meanwhile does not reach this run
-
-    # Processes and device. Under torchrun there are several, and each takes its share of a batch.
-    rank, local_rank, world = read_processes()
-    share = args.batch_size // world
-    require(args.batch_size == share * world, f"batch_size={args.batch_size} / {world} processes")
-    require(args.eval_windows >= world, f"eval_windows={args.eval_windows} for {world} processes")
-    device = pick_device(args.device, local_rank)
-    if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-
-    # The text. The first process of a machine downloads, the others wait and find the files.
-    if local_rank > 0:
-        dist.barrier()
-    text = data.load(args.dataset, args.data_dir, checkpoint["text"] if checkpoint else None)
-    if local_rank == 0 and world > 1:
-        dist.barrier()
-    sizes = f"{len(text.train):,} {TOKEN}s to train on, {len(text.val):,} to validate on"
-    enough = min(len(text.train), len(text.val)) >= args.n_ctx + 2
-    require(enough, f"{sizes}: n_ctx={args.n_ctx} needs {args.n_ctx + 2:,} of each")
-    train_ids = torch.from_numpy(text.train).to(device)
-    val_ids = torch.from_numpy(text.val).to(device)
-
-    # Every evaluation reads the same windows, spread evenly over the validation text.
-    val_starts = data.even_starts(len(val_ids), args.n_ctx, args.eval_windows)[rank::world]
-    val_x, val_y = data.windows(val_ids, args.n_ctx, val_starts)
-
-    # The model and its optimiser
-    chosen = {name: getattr(args, name) for name in MODEL if name in args}  # others: the default
-    config = GPTConfig(vocab_size=len(text.vocab), **chosen)
-    check_route(config)
-    args.n_block = config.n_block  # None has become a number
-    torch.manual_seed(args.seed)
-    model = GPT(config).to(device)
-    optimizer = make_optimizer(model, args)
-    for group in optimizer.param_groups:
-        group["peak_lr"] = group["lr"]  # each group its own: the schedule multiplies it
-    taken = {p for group in optimizer.param_groups for p in group["params"]}
-    left = [name for name, p in model.named_parameters() if p.requires_grad and p not in taken]
-    require(not left, f"the optimiser leaves out {len(left)} weights: {left[:3]}")
-
-    # Precision
-    dtype = pick_dtype(args.dtype, device)
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16")
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")  # TF32 for what stays in fp32
-
-    name = f"{args.residual} {args.n_layer}x{args.n_embd}"
-    blocks = ""
-    if model.kinds and model.block_size > 1:
-        blocks = f" in {args.n_block} block" + "s" * (args.n_block > 1)
-    n_params = sum(p.numel() for p in model.parameters())
-    tokens_per_step = args.grad_accum * args.batch_size * args.n_ctx
-    say(f"{args.dataset}: {sizes}")
-    say(f"{name}{blocks}: {n_params:,} parameters, a vocabulary of {len(text.vocab):,}")
-    say(f"{dtype} on {device}, {tokens_per_step:,} {TOKEN}s a step")
-    say(f"into {out_dir}/")
-    for note in doubts(args, device):
-        say(f"note: {note}")
-
-    # torch.compile, on CUDA by itself, if Triton is there (it is not on Windows)
-    use_compile = args.compile
-    if use_compile is None:
-        use_compile = device.type == "cuda" and importlib.util.find_spec("triton") is not None
-    if use_compile:
-        compile_parts(model)
-
-    # A first batch goes through before a folder is touched. It compiles, shows what fails and what
-    # an evaluation measures, and changes nothing: no step is taken.
-    shape = (args.grad_accum, world, share)
-    starts = data.random_starts(len(train_ids), args.n_ctx, shape, args.seed, 0)[:1, rank]
-    add_gradients(model, *data.windows(train_ids, args.n_ctx, starts), autocast)
-    idle = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
-    require(world == 1 or not idle, f"no gradient for {idle[:3]}: torchrun cannot train it")
-    if idle:
-        say(f"note: the first batch gives {len(idle)} weights no gradient: {idle[:3]}")
-    model.zero_grad()
-    figures = evaluate(model, val_x[:share], val_y[:share], share, autocast)
-    columns = ["step", "train_loss", *figures, "learning_rate", f"{TOKEN}s_per_second", "seconds"]
-    network = DistributedDataParallel(model, broadcast_buffers=False) if world > 1 else model
-
-    # What the loop changes; all of it is in a checkpoint.
-    step = 0
-    seconds = 0.0  # of training steps alone
-    best = math.inf  # validation loss
-    losses = torch.zeros((), device=device)  # the sum since the last evaluation
-    log = []  # the rows of log.csv
-    if checkpoint:
-        step, seconds, best = checkpoint["step"], checkpoint["seconds"], checkpoint["best"]
-        losses, log = checkpoint["losses"].to(device), checkpoint["log"]
-        require([*log[0]] == columns, f"log.csv has {[*log[0]]}, this code {columns}")
-        model.load_state_dict(checkpoint["model"])
-        load_moments(model, optimizer, checkpoint)
-        say(f"going on from step {step:,}")
-    elif rank == 0:
-        claim(out_dir, args.overwrite)
-
-    stop = threading.Event()
-    if world == 1:  # torchrun ends its processes itself
-        catch_ctrl_c(stop)
-    max_norm = args.grad_clip if args.grad_clip > 0 else math.inf
-    evaluated = log[-1]["step"] if log else -1
-    since, since_step = seconds, step  # the time and place from which speed is measured
-    bar = tqdm(total=args.max_iters, initial=step, unit="step", disable=True if rank else None)
-
-    while True:
-        stopping = stop.is_set()
-        due = step % args.eval_interval == 0 or step == args.max_iters
-        due = due and step != evaluated  # not again where a run goes on
-        improved = False
-
-        # An evaluation, first of the untrained model. The bar's clock does not count it.
-        if due:
-            bar.set_postfix_str("validating...")
-            figures = evaluate(model, val_x, val_y, share, autocast)
-            check_finite(figures["val_loss"], step)
-            row = dict.fromkeys(columns)
-            row.update({name: round(float(figure), 6) for name, figure in figures.items()})
-            row.update(step=step, seconds=round(seconds, 1))
-            said = [f"{name.removesuffix('_loss')} {x:.3f}" for name, x in figures.items()]
-            if step > 0:
-                train_loss = mean_over_processes(losses).item() / (step - evaluated)
-                row["train_loss"] = round(train_loss, 6)
-                said = [f"train {train_loss:.3f}", *said]
-                if step > since_step:  # else it goes on right here, perhaps under other settings
-                    rate = args.learning_rate * schedule(args, step - 1)
-                    row["learning_rate"] = float(f"{rate:.6g}")
-                    speed = (step - since_step) * tokens_per_step / (seconds - since)
-                    row[f"{TOKEN}s_per_second"] = round(speed)
-                    said.append(f"{speed:,.0f} {TOKEN}s/s")
-                improved = figures["val_loss"] < best
-                best = min(best, figures["val_loss"])
-            say(f"step {step:,}: {', '.join(said)}")
-            log.append(row)
-            losses.zero_()
-            evaluated = step
-            since, since_step = seconds, step
-            bar.set_postfix_str("")
-            bar.unpause()
-
-        # A checkpoint
-        if rank == 0 and (due or stopping):
-            check_finite(sum(p.sum() for p in model.parameters()).item(), step)
-            state = {
-                "settings": vars(args),
-                "config": asdict(model.config),
-                "vocab": text.vocab,
-                "text": text.checksum,
-                "code": code,
-                "model": model.state_dict(),
-                "optimizer": type(optimizer).__name__,
-                "moments": moments(model, optimizer),
-                "step": step,
-                "seconds": seconds,
-                "best": best,
-                "losses": losses,
-                "log": log,
-            }
-            if improved:
-                save(out_dir / "best.pt", state)
-            save(out_dir / "ckpt.pt", state)
-            write_log(out_dir / "log.csv", columns, log)
-        if stopping or step == args.max_iters:
-            break
-
-        # One step. Batches and dropout depend on seed and step alone: so a resumed run is the
-        # unbroken one.
-        began = time.perf_counter()
-        starts = data.random_starts(len(train_ids), args.n_ctx, shape, args.seed, step)
-        x, y = data.windows(train_ids, args.n_ctx, starts[:, rank])
-        torch.manual_seed(hash((args.seed, step, rank)))
-
-        for group in optimizer.param_groups:
-            group["lr"] = group["peak_lr"] * schedule(args, step)
-        loss = add_gradients(network, x, y, autocast)
-        torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
-        optimizer.step()
-        model.zero_grad()
-        losses += loss
-        step += 1
-        bar.update()
-        # A GPU runs behind Python, which waits for it only where a loss is looked at.
-        if step % 10 == 0 or step % args.eval_interval == 0 or step == args.max_iters:
-            bar.set_postfix_str(f"loss {check_finite(loss.item(), step):.3f}", refresh=False)
-        seconds += time.perf_counter() - began
-
-    bar.close()
-    if world > 1:
-        del network  # as the last to hold the process group, it could wait for ever
-        dist.destroy_process_group()
-    if step < args.max_iters:
-        say(f"stopped at step {step:,} and saved: the same command with --resume goes on")
-        if args.overwrite and not args.resume:
-            say("(--resume in place of --overwrite)")
-        say(f"meanwhile: python sample.py --out_dir {shlex.quote(out_dir.as_posix())}")
-        return 130
-    if rank == 0:
-        speed = step * tokens_per_step / seconds
-        say(f"{name}: best validation loss {best:.4f} nats per {TOKEN}")
-        say(f"{seconds:,.0f} s of training steps, {speed:,.0f} {TOKEN}s/s")
-        if device.type == "cuda":
-            say(f"peak memory {torch.cuda.max_memory_allocated(device) / 1e6:,.0f} MB")
-        say("a sample:")
-        say(some_text(model, text.vocab, out_dir))
-        folder = shlex.quote(out_dir.as_posix())
-        say(f"next: python sample.py --out_dir {folder}")
-        if model.kinds:
-            say(f"      python sample.py --out_dir {folder} --routing")
 
 
 def read_settings(argv):
@@ -329,84 +103,236 @@ def read_settings(argv):
     checkpoint = None
 
     if args.resume:
-        require(not args.overwrite, "--resume goes on with a run, --overwrite replaces it")
         require(path.exists(), f"there is no {path} to resume")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        note_other_code(checkpoint)
-        # What the command line leaves out is as it was.
+        # What the command line leaves out is as it was, and most of the rest must be.
         before = checkpoint["settings"]
         parser.set_defaults(**before)
         args = parser.parse_args(argv)
-        for name in FIXED:
-            new = getattr(args, name, None)
-            old = before.get(name, new)  # a fork's own setting is missing in older runs
-            hint = "leave it out, or start another run with --out_dir"
-            require(new == old, f"{name}={new} contradicts {old}, of the run in {out_dir}: {hint}")
+        changed = [k for k in before if k not in MAY_CHANGE and getattr(args, k, None) != before[k]]
+        if args.batch_size * args.grad_accum != before["batch_size"] * before["grad_accum"]:
+            changed.append("batch_size * grad_accum")
+        hint = "leave it out, or start another run with --out_dir"
+        require(not changed, f"--resume cannot change {', '.join(changed)}: {hint}")
         done = checkpoint["step"]
-        require(done < args.max_iters, f"{out_dir} has done {done:,} steps: give more --max_iters")
-    elif not args.overwrite:
-        require(not path.exists(), HELD.format(out_dir))
-
+        require(done < args.max_iters, f"this run has done {done:,} steps: raise --max_iters")
+    else:
+        held = f"{out_dir} holds a run: give --resume, --overwrite or another --out_dir"
+        require(args.overwrite or not path.exists(), held)
     args.out_dir = out_dir
-    above = f"min_lr={args.min_lr} is above learning_rate={args.learning_rate}"
-    require(args.min_lr is None or args.min_lr <= args.learning_rate, above)
+
+    for name in ("batch_size", "grad_accum", "max_iters", "eval_interval", "eval_windows"):
+        require(getattr(args, name) >= 1, f"{name}={getattr(args, name)} must be at least 1")
+    for name in ("learning_rate", "warmup_iters", "weight_decay", "grad_clip", "seed"):
+        require(getattr(args, name) >= 0, f"{name}={getattr(args, name)} must not be negative")
+    above = f"min_lr={args.min_lr} must be from 0 to learning_rate={args.learning_rate}"
+    require(args.min_lr is None or 0 <= args.min_lr <= args.learning_rate, above)
     return args, checkpoint
 
 
-HELD = "{} holds a run: --resume goes on with it, --overwrite replaces it, --out_dir starts another"
+def main(argv=None):
+    args, checkpoint = read_settings(argv)
+    out_dir = Path(args.out_dir)
 
+    # Processes and device. Under torchrun there are several, and each takes its share of a batch.
+    rank, local_rank = (int(os.environ.get(name, "0")) for name in ("RANK", "LOCAL_RANK"))
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    require(0 <= rank < world, f"RANK={rank} with WORLD_SIZE={world}: start this with torchrun")
+    for name in ("batch_size", "eval_windows"):
+        n = getattr(args, name)
+        require(n % world == 0, f"{name}={n} must be a multiple of {world}, the processes")
+    local_batch = args.batch_size // world
+    device = pick_device(args.device, local_rank)
+    if world > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
 
-def read_processes():
-    """Number of this process, its number on this machine, and how many there are: by torchrun."""
-    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
-    given = [name for name in names if os.environ.get(name)]
-    if not given:
-        return 0, 0, 1
-    require(len(given) == 3, f"{given} without the rest of {names}: torchrun sets all or none")
-    values = [os.environ[name] for name in names]
-    fits = all(value.isdecimal() for value in values) and int(values[0]) < int(values[2])
-    fits = fits and (values[2] == "1" or "MASTER_ADDR" in os.environ)
-    require(fits, f"{names} are {values}: these are no processes of torchrun")
-    return tuple(int(value) for value in values)
+    # The text. Every evaluation reads the same windows, spread evenly over the validation text.
+    text = data.load(args.dataset, args.data_dir)
+    sizes = f"{len(text.train):,} tokens to train on, {len(text.val):,} to validate on"
+    least = min(len(text.train), len(text.val))
+    require(least >= args.n_ctx + 2, f"{sizes}: n_ctx={args.n_ctx} needs {args.n_ctx + 2} of each")
+    train_ids = torch.from_numpy(text.train).to(device)
+    val_ids = torch.from_numpy(text.val).to(device)
+    val_starts = data.even_starts(len(val_ids), args.n_ctx, args.eval_windows)[rank::world]
+    val_x, val_y = data.windows(val_ids, args.n_ctx, val_starts)
+
+    # Model and optimiser
+    names = [field.name for field in fields(GPTConfig) if field.name in args]
+    config = GPTConfig(len(text.vocab), **{name: getattr(args, name) for name in names})
+    torch.manual_seed(args.seed)
+    model = GPT(config).to(device)
+    optimizer = make_optimizer(model, args)
+    for group in optimizer.param_groups:
+        group["peak_lr"] = group["lr"]  # a group may have a rate of its own
+
+    # Precision: products in bf16 on a GPU that has it in hardware, all else in fp32
+    if args.dtype == "auto":
+        bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        args.dtype = "bfloat16" if bf16 else "float32"
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16")
+
+    # What changes from step to step. A checkpoint holds all of it.
+    step, seconds, best, log, code = 0, 0.0, math.inf, [], {}
+    if checkpoint:
+        require(text.checksum == checkpoint["text"], f"{args.dataset!r} is not this run's text")
+        require(asdict(config) == checkpoint["config"], "wav.py no longer makes this run's model")
+        model.load_state_dict(checkpoint["model"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        step, seconds, best, log = (checkpoint[k] for k in ("step", "seconds", "best", "log"))
+        code = checkpoint["code"]
+    if not code or note_changed_code(code):
+        code[step] = CODE  # the wav.py that trained from this step on
+
+    name = f"{args.residual} {args.n_layer}x{args.n_embd}"
+    n_params = sum(p.numel() for p in model.parameters())
+    tokens_per_step = args.grad_accum * args.batch_size * args.n_ctx
+    if rank == 0:
+        print(f"{args.dataset}: {sizes}")
+        if text.copied > 10:
+            print(f"note: {text.copied} % of the validation text is in the training text, so its")
+            print("loss is too low")
+        print(f"{name}: {n_params:,} parameters, a vocabulary of {len(text.vocab):,}")
+        print(f"{args.dtype} on {device}, {tokens_per_step:,} tokens a step")
+        print(f"into {out_dir}/", flush=True)
+
+    # torch.compile, by default on CUDA with Triton (which Windows lacks). A first batch compiles,
+    # and shows what fails, before the clock runs. It takes no step.
+    use_compile = args.compile
+    if use_compile is None:
+        use_compile = device.type == "cuda" and importlib.util.find_spec("triton") is not None
+    if use_compile:
+        compile_parts(model)
+        if rank == 0:
+            print("compiling, which takes a minute or more...", flush=True)
+    shape = (args.grad_accum, world, local_batch)
+    starts = data.random_starts(len(train_ids), args.n_ctx, shape, args.seed, 0)
+    add_gradients(model, *data.windows(train_ids, args.n_ctx, starts[:1, rank]), autocast)
+    model.zero_grad()
+    network = DistributedDataParallel(model) if world > 1 else model
+
+    bar = tqdm(total=args.max_iters, initial=step, unit="step", disable=True if rank else None)
+    stopping = False
+
+    def stop(number, frame):
+        nonlocal stopping
+        stopping = True
+        bar.disable = True  # Ctrl-C ends `| tee`, too, and a bar without a screen is an error
+        signal.signal(number, signal.SIG_DFL)
+        with contextlib.suppress(OSError):
+            os.write(2, b"\nstopping: evaluates and saves first; again to end at once\n")
+
+    if world == 1:  # several processes would stop at different steps
+        signal.signal(signal.SIGINT, stop)
+        signal.signal(signal.SIGTERM, stop)
+
+    loss_sum, n_steps = torch.zeros((), device=device), 0  # since the last evaluation
+    began = time.perf_counter()
+    while True:
+        # Evaluate and save, first the untrained model. (A resumed run has the row of its step.)
+        last = stopping or step == args.max_iters
+        due = last or step % args.eval_interval == 0
+        if due and not (log and log[-1]["step"] == step):
+            train_loss = mean_over_processes(loss_sum).item() / max(1, n_steps)  # waits for a GPU
+            elapsed = time.perf_counter() - began
+            seconds += elapsed
+            val_loss = evaluate(model, val_x, val_y, local_batch, autocast)
+            advice = "try a lower --learning_rate"
+            require(math.isfinite(val_loss), f"the loss is {val_loss} at step {step:,}: {advice}")
+
+            row = {"step": step, "train_loss": None, "val_loss": val_loss, "learning_rate": None}
+            row |= {"tokens_per_second": None, "seconds": round(seconds, 1)}
+            line = f"val {val_loss:.3f}"
+            if n_steps > 0:
+                row["train_loss"] = train_loss
+                row["learning_rate"] = args.learning_rate * lr_scale(args, step - 1)
+                row["tokens_per_second"] = round(n_steps * tokens_per_step / elapsed)
+                line = f"train {train_loss:.3f}, {line}, {row['tokens_per_second']:,} tokens/s"
+            log.append(row)
+            improved = val_loss < best
+            best = min(best, val_loss)
+            if rank == 0:
+                state = {
+                    "settings": vars(args),
+                    "config": asdict(config),
+                    "code": code,
+                    "vocab": text.vocab,
+                    "text": text.checksum,
+                    "model": model.state_dict(),
+                    "optimizer": optimizer.state_dict(),
+                    "step": step,
+                    "seconds": seconds,
+                    "best": best,
+                    "log": log,
+                }
+                save_run(out_dir, state, improved)
+                tqdm.write(
+                    f"step {step:,}: {line}"
+                )  # after saving: with `| tee` ended by Ctrl-C it fails
+                sys.stdout.flush()
+            loss_sum.zero_()
+            n_steps = 0
+            began = time.perf_counter()
+        if last:
+            break
+
+        # One step. Batches and dropout depend on the seed and the step alone: so a resumed run is
+        # the unbroken one.
+        starts = data.random_starts(len(train_ids), args.n_ctx, shape, args.seed, step)
+        x, y = data.windows(train_ids, args.n_ctx, starts[:, rank])
+        torch.manual_seed(hash((args.seed, step, rank)))
+
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * lr_scale(args, step)
+        loss = add_gradients(network, x, y, autocast)
+        if args.grad_clip > 0:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip)
+        optimizer.step()
+        model.zero_grad()
+        loss_sum += loss
+        n_steps += 1
+        step += 1
+        bar.update()
+        if step % 10 == 0:  # not at each step: a GPU runs behind Python, which waits for it here
+            bar.set_postfix_str(f"loss {loss.item():.3f}", refresh=False)
+
+    bar.close()
+    if world > 1:
+        del network  # it holds on to the process group
+        dist.destroy_process_group()
+    if rank == 0:
+        print(
+            f"{name}: best validation loss {best:.4f} nats per token, in {seconds:,.0f} s of steps"
+        )
+        if device.type == "cuda":
+            print(f"peak memory {torch.cuda.max_memory_allocated(device) / 1e6:,.0f} MB")
+        if step < args.max_iters:
+            print(f"stopped at step {step:,} and saved: the same command with --resume goes on")
+        print(f"next: python sample.py --out_dir {out_dir}")
+    return 130 if step < args.max_iters else 0
 
 
 def pick_device(name, local_rank=0):
-    """The torch.device of this process, number local_rank of its machine."""
-    n_gpu = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    mps = torch.backends.mps.is_available()
     if name == "auto":
-        name = "cuda" if n_gpu else "mps" if mps else "cpu"
+        name = "cpu"
+        if torch.backends.mps.is_available():
+            name = "mps"
+        if torch.cuda.is_available():
+            name = "cuda"
     if name == "cuda":
         name = f"cuda:{local_rank}"
-    there = ["cpu", *(["mps"] if mps else []), *(f"cuda:{i}" for i in range(n_gpu))]
-    require(name in there, f"device={name!r} is not here: try auto or one of {', '.join(there)}")
-    if name.startswith("cuda"):
-        torch.cuda.set_device(name)
-    return torch.device(name)
-
-
-def pick_dtype(name, device):
-    """float32 or bfloat16; auto is bf16 where a GPU computes in it (older ones emulate it)."""
-    if name != "auto":
-        return name
-    cuda = device.type == "cuda"
-    native = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
-    return "bfloat16" if native else "float32"
-
-
-def doubts(args, device):
-    """What may make a run slow or a figure wrong."""
-    if args.warmup_iters >= args.max_iters:
-        yield f"{args.max_iters:,} steps end within warmup_iters={args.warmup_iters}, below the peak"
-    if device.type == "cpu" and hasattr(os, "getloadavg") and torch.get_num_threads() > 1:
-        load, cores = os.getloadavg()[0], os.cpu_count()
-        if load > cores / 2:
-            yield f"load {load:.1f} on {cores} cores: OMP_NUM_THREADS=1 may be much faster"
+    try:
+        device = torch.device(name)
+        torch.zeros((), device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise Refused(f"device {name!r} does not work here: {reason}") from None
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return device
 
 
 def make_optimizer(model, args):
-    """AdamW. A group keeps a rate of its own: the schedule multiplies what it is given here.
-    Matrices decay, by their names; queries, biases and whatever a fork calls otherwise do not."""
+    """AdamW. Matrices decay; queries and biases do not."""
     matrices, rest = [], []
     for name, p in model.named_parameters():
         if name.endswith(".weight") and p.ndim == 2:
@@ -420,16 +346,14 @@ def make_optimizer(model, args):
     return torch.optim.AdamW(groups, lr=args.learning_rate, betas=(0.9, 0.95), fused=True)
 
 
-def schedule(args, step):
-    """The share of its peak that a rate has at a step: linear warm-up, then a cosine down to
-    min_lr / learning_rate at max_iters."""
+def lr_scale(args, step):
+    """The learning rate at a step, over its peak: linear warm-up, then a cosine that ends at min_lr
+    (by default a tenth of the peak) at max_iters."""
     if step < args.warmup_iters:
         return (step + 1) / args.warmup_iters
-    floor = 0.1
-    if args.min_lr is not None:
-        floor = args.min_lr / max(args.learning_rate, 1e-30)
+    end = 0.1 if args.min_lr is None else args.min_lr / max(args.learning_rate, 1e-30)
     done = (step - args.warmup_iters) / max(1, args.max_iters - args.warmup_iters)
-    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * done))
+    return end + (1 - end) * 0.5 * (1 + math.cos(math.pi * done))
 
 
 def add_gradients(network, x, y, autocast):
@@ -448,17 +372,15 @@ def add_gradients(network, x, y, autocast):
 
 @torch.no_grad()
 def evaluate(model, x, y, batch_size, autocast):
-    """What is measured on the validation windows x, y (n, n_ctx) of this process, as a dict; its
-    names become columns of log.csv. val_loss is the mean over all windows, in nats per token."""
+    """The mean loss, in nats per token, on the windows x, y (n, n_ctx) of all processes."""
     model.eval()
-    total = torch.zeros(2, device=x.device)
+    total = torch.zeros((), device=x.device)
     for xs, ys in zip(x.split(batch_size), y.split(batch_size)):
         with autocast:
             _, loss = model(xs, ys)
-        total += torch.stack([loss * len(xs), torch.ones_like(loss) * len(xs)])
+        total += loss * len(xs)
     model.train()
-    loss, n_windows = (mean_over_processes(total)).tolist()
-    return {"val_loss": loss / n_windows}
+    return mean_over_processes(total / len(x)).item()
 
 
 def mean_over_processes(x):
@@ -469,164 +391,52 @@ def mean_over_processes(x):
     return x
 
 
-def check_finite(x, step):
-    """x, unless training has failed: then no good checkpoint is written over."""
-    advice = "try a lower --learning_rate or a longer --warmup_iters"
-    require(math.isfinite(x), f"loss or weights not finite at step {step:,}: {advice}")
-    return x
-
-
-def check_route(config):
-    """Training runs GPT.route. Refused where that is not route_plain, which one reads and edits."""
-    if config.residual in wav.KINDS:
-        small = replace(config, vocab_size=65, n_ctx=16, n_embd=8 * config.n_head)
-        apart = wav.fast_off_plain(GPT(small).double(), torch.arange(32).view(2, 16))
-        cure = "edit route_fast too, or let GPT.route call self.route_plain"
-        require(apart < 1e-9, f"GPT.route is {apart:.0e} off route_plain: {cure}")
-
-
 def compile_parts(model):
-    """torch.compile what repeats: sublayers and mixing. The loop over depth stays Python: 48 layers
-    are never unrolled, and a fork's own route runs as it is."""
-    torch._dynamo.config.recompile_limit = 64  # attnres needs torch's own 8: leave room
-    for name in ("mix", "merge", "offer_at_once"):
+    """torch.compile what repeats: the sublayers and the mixing. The loop over the depth stays
+    Python: so 48 layers are never unrolled, and a changed `route` runs as it is."""
+    torch._dynamo.config.recompile_limit = 64  # attnres alone needs torch's own 8
+    for name in ("mix", "merge", "details"):
         setattr(wav, name, torch.compile(getattr(wav, name)))
     for sublayer in model.sublayers:
         sublayer.compile()
 
 
-def catch_ctrl_c(stop):
-    """From now on Ctrl-C (or SIGTERM) only sets the event stop; a second one ends the process."""
-
-    def handler(number, frame):
-        stop.set()
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        with contextlib.suppress(OSError):  # Ctrl-C has ended `| tee`, too
-            os.write(2, b"\nstopping after this step; again to stop now\n")
-
-    signal.signal(signal.SIGINT, handler)
-    signal.signal(signal.SIGTERM, handler)
-
-
-# ----------------------------------------------------------------------------------------------
-# The files of a run
-
-
-def claim(out_dir, overwrite):
-    """Make the folder of a new run. Of two that start at once, one gets it."""
+def save_run(out_dir, state, improved):
+    """Write the files of a run. A checkpoint takes its place when it is whole: whatever goes wrong
+    leaves the one before."""
     out_dir.mkdir(parents=True, exist_ok=True)
-    if overwrite:
-        for name in ("best.pt", "ckpt.pt", "log.csv"):
-            (out_dir / name).unlink(missing_ok=True)
-    held = any((out_dir / name).exists() for name in ("best.pt", "ckpt.pt"))
-    require(not held, HELD.format(out_dir))
-    try:
-        open(out_dir / "log.csv", "x").close()
-    except FileExistsError:
-        raise Refused(HELD.format(out_dir)) from None
-
-
-def save(path, state):
-    """Write a checkpoint. It takes its place when it is whole: a crash leaves the last one."""
-    part = path.with_name(path.name + ".part")
-    try:
+    for name in ["best.pt"] * improved + ["ckpt.pt"]:
+        part = out_dir / f"{name}.part"
         torch.save(state, part)
-        os.replace(part, path)
-    except (OSError, RuntimeError) as error:  # torch.save raises the latter where a disk is full
-        part.unlink(missing_ok=True)
-        raise Refused(f"cannot write {path}: {error}") from None
+        os.replace(part, out_dir / name)
+    (out_dir / "settings.json").write_text(json.dumps(state["settings"], indent=1))
+    try:
+        with open(out_dir / "log.csv", "w", newline="") as file:
+            writer = csv.DictWriter(file, state["log"][-1], lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(state["log"])
+    except PermissionError as error:  # on Windows, another program holds it open
+        print(f"note: {error}: the next evaluation writes all of it", file=sys.stderr)
 
 
-def write_log(path, columns, log):
-    with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, columns, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(log)
-
-
-def moments(model, optimizer):
-    """The state of any optimiser, by the names of the weights."""
-    return {
-        name: optimizer.state[p] for name, p in model.named_parameters() if p in optimizer.state
-    }
-
-
-def load_moments(model, optimizer, checkpoint):
-    was, now = checkpoint["optimizer"], type(optimizer).__name__
-    require(was == now, f"this run was trained by {was}: {now} cannot go on with its moments")
-    in_order = [p for group in optimizer.param_groups for p in group["params"]]
-    names = {p: name for name, p in model.named_parameters()}
-    kept = checkpoint["moments"]
-    state = {i: kept[names[p]] for i, p in enumerate(in_order) if names[p] in kept}
-    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
-
-
-def checksum_of_code():
-    code = [Path(path).read_bytes() for path in (wav.__file__, __file__, data.__file__)]
-    return hashlib.sha256(b"".join(code)).hexdigest()
-
-
-def note_other_code(checkpoint):
-    require("code" in checkpoint, "this run was made by an older train.py: start another")
-    if checkpoint["code"] != checksum_of_code():
-        note = "note: since this run was made, wav.py, train.py or data.py has changed"
-        print(note, file=sys.stderr)  # not into a text that sample.py writes
-
-
-# ----------------------------------------------------------------------------------------------
-# What a person sees
-
-
-def some_text(model, vocab, out_dir):
-    """300 tokens by the best weights of a run."""
-    torch.compiler.set_stance("force_eager")  # text comes in other shapes
-    path = out_dir / "best.pt"
-    if not path.exists():
-        path = out_dir / "ckpt.pt"
-    weights = torch.load(path, map_location="cpu", weights_only=True)["model"]
-    model.load_state_dict(weights)
-    line_end = data.encode("\n", vocab).clip(0)  # the first token, where none is a line end
-    start = torch.from_numpy(line_end)[None].long().to(model.head.weight.device)
-    ids = model.eval().stream(start, 300, temperature=0.8)
-    return data.decode([i.item() for i in ids], vocab)
-
-
-def say(line):
-    """Print a line above the progress bar; under torchrun, in the first process alone."""
-    if os.environ.get("RANK", "0") in ("", "0"):
-        with contextlib.suppress(BrokenPipeError):  # Ctrl-C has ended `| tee`, too
-            tqdm.write(line)
-            sys.stdout.flush()
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message):  # in place of the usage text: a line
-        raise Refused(message)
+def note_changed_code(code):
+    """Whether wav.py differs from the one that trained last; says so."""
+    changed = list(code.values())[-1] != CODE
+    if changed:
+        print("note: wav.py has changed since this run was made", file=sys.stderr)
+    return changed
 
 
 def run(main):
-    """Run a script's main, and exit. What a person can mend is one line and status 2; everything
-    else keeps its traceback."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # a redirected file on Windows has a narrow encoding
-            stream.reconfigure(encoding="utf-8", errors="backslashreplace")
-    status = 0
+    """Run a script's main. What a person can mend is one line; the rest keeps its traceback."""
+    sys.stdout.reconfigure(errors="replace")  # a narrow encoding, as in a pipe on Windows
     try:
-        version = torch.__version__.split(".")[:2]
-        why = "is too old: before 2.10 a checkpoint may hide code that loading runs"
-        require([int(n) for n in version] >= [2, 10], f"torch {torch.__version__} {why}")
-        status = main()
-        sys.stdout.flush()
-    except BrokenPipeError:  # `| head` has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except KeyboardInterrupt:
-        status = 130
+        sys.exit(main())
+    except (KeyboardInterrupt, BrokenPipeError):  # Ctrl-C, | head
+        os._exit(130)
     except (Refused, OSError) as error:
-        process = f" (process {os.environ['RANK']})" if os.environ.get("RANK") else ""
-        print(f"error{process}: {' '.join(str(error).split())}", file=sys.stderr)
-        status = 2
-    sys.exit(status)
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

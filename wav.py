@@ -1,130 +1,165 @@
 """
 WAV: multi-resolution block residual routing for deep decoder-only Transformers, in one file.
 
-What should layer 40 read? A decoder is a chain of sublayers: attention, MLP, attention, MLP, ...
-Sublayer l = 1, 2, 3, ... reads an input h_l and returns an update u_l. In the standard residual
-stream it reads the token embedding x_0 plus every update so far, each with weight 1:
+A decoder of L layers is a stack of 2L sublayers: attention, MLP, attention, MLP, ... Sublayer l
+reads an input h_l and computes an update u_l. With the usual residual connections, its input is
+the token embedding x_0 plus every update so far:
 
-    standard        h_l = x_0 + u_1 + ... + u_{l-1}                                     (1)
+    standard        h_l = x_0 + u_1 + ... + u_{l-1}                                        (1)
 
-For the attention of layer 40, l = 79, that is a sum of 79 terms, and none can be weighed.
-*Attention Residuals* change that. Each sublayer mixes *sources* s by a softmax: attention over
-depth instead of time. Its query q_l is a learned vector. The output, which feeds the head, is one
-more reader, l = 2L + 1.
+The attention of layer 40 thus reads a sum of 79 terms and cannot tell them apart. *Attention
+Residuals* let every sublayer weigh the terms: they are attention over depth instead of over the
+text. The vectors that a sublayer can choose from are called its *sources*. It reads a mixture,
 
-    h_l = sum over s of a_s s,
-    a   = softmax over s of ( q_l . RMSNorm(s) + c )                                    (2)
+    h_l = sum over s of a_s s,    a = softmax over s of ( q_l . RMSNorm(s) + c )           (2)
 
-The keys are normalised, so that no source is preferred for being large. The values stay raw: where
-q and c are 0 every weight is 1/N, and a mixture of x_0 and updates, or their sums, is (1) divided
-by N. So training can start from the standard network.
+where s runs over its sources and q_l is a learned vector, its *query*. The output head reads such a
+mixture, too, with its own query q_{2L+1}. As keys, sources are normalized, so that none is
+preferred for being large. As values they are not, so that a mixture with equal weights is (1),
+up to a factor. The bias c is 0 except for details, which come below.
 
-The routed variants differ in their sources, and only wav has a bias c:
+Three variants work like this. We call them routed. They differ in their sources. In two of them,
+consecutive layers form *blocks*: the block that sublayer l belongs to is *running*, the blocks
+before it are *finished*.
 
-    attnres         x_0 and each update u_1 ... u_{l-1}                                 (3)
-    block_attnres   x_0, the sum of each completed block of layers and, from a block's second
-                    sublayer on, its running sum: far fewer sources, but only sums      (4)
-    wav             those of (4), and two *details* of each completed block: how did its
-                    sum come about? phase is its attentions minus its MLPs, and split
-                    its first half minus its second half                                (5)
+    attnres         x_0 and every update so far                                            (3)
+    block_attnres   x_0, the sum of the updates of each finished block, and the sum so far
+                    of the running block. Far fewer sources, so cheaper, but only sums     (4)
+    wav             those of (4) and, for each finished block, two differences between its
+                    updates, called *details*:                                             (5)
+                    phase = attention updates minus MLP updates
+                    split = updates of the first half minus those of the second half
 
-So wav sees a block at two resolutions: what it adds up to, and where its updates differ. A running
-block offers no details. A detail d may be much smaller than its block's sum, so it is scaled to
-the same size; the source is g d with
+The sum shows a block at a coarse resolution; the details add a finer one: how the sum came about.
+For example, in blocks of two layers, the attention of layer 9 reads 13 sources: x_0 and the sum,
+phase and split of four finished blocks. The MLP of layer 9 also reads the sum so far of the fifth.
 
-    g = rms(sum) / rms(d), at most 1000; a number for each token, without gradient      (6)
+As a value, a detail much smaller than its block's sum would hardly be heard, however well its key
+fits. So it is scaled to the size of the sum, which differs from token to token. The source is
 
-The bias is learned for details: 2 (2L + 1) numbers, one c_{l,kind} for each reader l and each of
-the two kinds, shared by all blocks; for all other sources it is 0. It starts at -2: at first a
-detail weighs e^-2 of a sum, and all details together 8 to 21 % of any mixture that they are in.
+    g detail,    g = rms(sum) / rms(detail), at most 1000, without gradient                (6)
 
-Read on: the ordinary decoder; the method, plainly (`offer` and `GPT.route_plain`); the same,
-fast (`route_fast`, where a softmax is computed in two parts and merged exactly (7)).
-`python wav.py` shows the method in small and holds the form that runs against the plain one: run
-it after every edit.
+(A gradient through g would let whoever reads a detail train the size of the sum.) Each query has
+one learned bias c per kind of detail, the same for all blocks. It starts at -2 by default, so a
+detail starts with e^-2 = 0.14 times the weight of a sum. Queries start at zero, so without details
+every mixture starts as a plain mean: (1) divided by the number of sources. Every sublayer, and the
+head, normalizes what it reads, and this factor drops out: attnres and block_attnres start as the
+standard network, which is known to train well. wav only starts near it: as soon as a block has
+finished, details have 8 to 21 % of the weight in each mixture.
 
-Letters in shapes: B batch, T time, D width, H heads, V vocabulary, L layers, N sources,
-S sublayers of a block (two a layer; attnres: 1), K kinds of source that a block offers.
+Shapes: B batch, T time, D width, H heads, V vocabulary, S sublayers in a block, N sources,
+Q queries, K kinds of detail.
 
 References
-    WAV v1                        https://arxiv.org/abs/2606.06564v1
-    Attention Residuals           https://arxiv.org/abs/2603.15031 (route_fast: "two-phase")
-    RoPE, RMSNorm, SwiGLU         https://arxiv.org/abs/2104.09864, 1910.07467, 2002.05202
+    WAV v1                    https://arxiv.org/abs/2606.06564v1: (5), detached matching (6), a
+                              negative start. That it is a bias of -2, per token in (6), and
+                              the limit of 1000 are ours.
+    Attention Residuals       https://arxiv.org/abs/2603.15031: (2) to (4), queries at zero
+    RoPE, RMSNorm, SwiGLU     https://arxiv.org/abs/2104.09864, 1910.07467, 2002.05202
 """
 
 import math
-import sys
-import warnings
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-# Each variant is one line: what a completed block offers to all that read after it.
-KINDS = {
-    "attnres": ("sum",),  # here alone a block is a single sublayer
-    "block_attnres": ("sum",),
-    "wav": ("sum", "phase", "split"),
-}
-RESIDUALS = ("standard", *KINDS)
-
-# Each kind is one line: the sign of sublayer j = 0 ... S-1 of a block; even j is attention, odd j
-# MLP. S is even where there are details, so the signs of a detail add up to 0: what all updates
-# share is in the sum already. In a block of an even number of layers the rows are orthogonal.
+# Each kind of detail is one line: the sign that update j (0 to S-1) of a block gets. Updates with
+# an even j are attention's, those with an odd j the MLP's. The signs must add up to zero. Then what
+# all updates share cancels; the sum already offers it.
 SIGNS = {
-    "sum": lambda j, S: +1,
-    "phase": lambda j, S: +1 if j % 2 == 0 else -1,  # attention minus MLP
-    "split": lambda j, S: +1 if j < S // 2 else -1,  # first half minus second half
+    "phase": lambda j, S: +1 if j % 2 == 0 else -1,
+    "split": lambda j, S: +1 if j < S // 2 else -1,
 }
+
+# Each routed variant is one line: the kinds of detail that a finished block offers.
+DETAILS = {
+    "attnres": (),  # no sums either: in `route`, each update is a source of its own
+    "block_attnres": (),
+    "wav": ("phase", "split"),
+}
+RESIDUALS = ("standard", *DETAILS)
+
+
+class Refused(ValueError):
+    """What was asked for cannot work. The scripts print it as one line, without a traceback."""
+
+
+def require(condition, message):
+    if not condition:
+        raise Refused(message)
 
 
 @dataclass
 class GPTConfig:
-    """The shape of a model. Raises Refused, a ValueError of one line, for what cannot work."""
-
     vocab_size: int
     n_ctx: int = 128  # longest context, in tokens
-    n_layer: int = 12  # L; a layer is two sublayers, attention and MLP
+    n_layer: int = 12  # each layer is two sublayers, attention and MLP
     n_head: int = 4
-    n_embd: int = 128  # D, the width of the residual stream
-    # Blocks that the layers are cut into. None: near 8, with an even number of layers in each (48
-    # layers: 8; 12: 6). The last may be shorter (7 layers: 2+2+2+1): it never completes, and only
-    # its running sum is read, by its own sublayers and the output. In attnres each sublayer is a
-    # block, whatever this is; it then sets the chunks of route_fast: speed, not the result.
-    n_block: int | None = None
+    n_embd: int = 128
     residual: str = "wav"
-    detail_bias: float = -2.0  # where the c of details starts
+    # If this does not divide n_layer, the last block is shorter. It never finishes and is only read
+    # as the sum so far. In attnres, where every update is a source, this changes only the speed.
+    # None: an even number, so that split cuts between two layers; 6 to 10 blocks from 12 layers on
+    layers_per_block: int | None = None
+    detail_bias: float = -2.0
     dropout: float = 0.0
 
+    @property
+    def S(self):
+        """Sublayers in a block."""
+        if self.layers_per_block is None:
+            return 4 * max(1, round(self.n_layer / 16))
+        return 2 * self.layers_per_block
+
+    def signs(self):
+        """The signs of the details, K rows of S."""
+        kinds = DETAILS.get(self.residual, ())
+        rows = [[SIGNS[kind](j, self.S) for j in range(self.S)] for kind in kinds]
+        blocks = f"layers_per_block={self.S // 2}"
+        require(not rows or self.S <= 2 * self.n_layer, f"{blocks} exceeds n_layer={self.n_layer}")
+        for kind, row in zip(kinds, rows):
+            require(sum(row) == 0, f"the signs of {kind} must add up to 0, not {sum(row)}: {row}")
+            require(rows.count(row) == 1, f"{blocks} makes two of {kinds} the same: use more")
+        return rows
+
     def __post_init__(self):
-        check_sizes(self)
-        if self.n_block is None:
-            self.n_block = default_n_block(self.n_layer)
-        check_blocks(self)
+        for name in ("vocab_size", "n_ctx", "n_layer", "n_head", "n_embd", "layers_per_block"):
+            n = getattr(self, name)
+            require(n is None or n >= 1, f"{name}={n} must be at least 1")
+        require(
+            self.residual in RESIDUALS,
+            f"residual={self.residual!r} must be one of {', '.join(RESIDUALS)}",
+        )
+        require(
+            self.n_embd % (2 * self.n_head) == 0,
+            f"n_embd={self.n_embd} must be a multiple of 2 * n_head={2 * self.n_head}, for RoPE",
+        )
+        require(0 <= self.dropout < 1, f"dropout={self.dropout} must be from 0 to below 1")
+        self.signs()
 
 
 # ----------------------------------------------------------------------------------------------
-# The ordinary decoder. A sublayer maps its input h (B, T, D) to its update (B, T, D).
+# The ordinary decoder. A sublayer maps its input h (B, T, D) to an update (B, T, D).
 
 
 def rms(x):
     """Root mean square over the last dimension, (..., D) -> (..., 1), in fp32 or better."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=dtype)
-    # The floor is for vectors that are all zero. The usual eps of 1e-6 under the root would do
-    # harm: at 48 layers of width 128 a mean of 97 sources starts with a mean square of 1e-7.
+    # Only vectors of zeros need this floor (no sublayer returns one). The usual eps of 1e-6 under the
+    # root would distort: with 97 sources (attnres, 48 layers) mean squares start at 1e-7.
     return (norm / x.size(-1) ** 0.5).clamp_min(1e-12)
 
 
 def rms_norm(x):
-    """RMSNorm without a gain: the linear layer or the query that follows would absorb it."""
-    return (x * rms(x).reciprocal()).to(x.dtype)
+    """RMSNorm without a gain: the matrix or the query that follows would absorb it."""
+    return (x * (1 / rms(x))).to(x.dtype)
 
 
 def rotate(x, cos, sin):
-    """RoPE: turn each pair (a_i, b_i) of x (B, T, H, D/H) by an angle that grows with its
-    position; cos and sin are (T, 1, D/H/2)."""
+    """RoPE: rotate each pair (a_i, b_i) of x (B, T, H, D/H); cos and sin are (T, 1, D/H/2)."""
     a, b = x.chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
 
@@ -146,25 +181,26 @@ class Attention(nn.Module):
 
     def forward(self, h, cache=None):
         B, T, D = h.shape
-        past_k, past_v = cache.get(self, (None, None)) if cache is not None else (None, None)
-        past = 0 if past_k is None else past_k.size(2)  # positions so far
-        require(past + T <= len(self.cos), f"{past + T} positions are over n_ctx={len(self.cos)}")
-        require(past == 0 or T == 1, f"{T} ids at once: after the first call the cache takes one")
+        kv = cache.get(self) if cache else None  # keys and values of earlier calls
+        past = kv[0].size(2) if kv else 0
+        require(past + T <= len(self.cos), f"{past + T} positions exceed n_ctx={len(self.cos)}")
+        require(
+            past == 0 or T == 1, f"{T} new ids: after its first call a cache takes one at a time"
+        )
 
         q, k, v = self.qkv(rms_norm(h)).view(B, T, 3, self.n_head, -1).unbind(2)  # (B, T, H, D/H)
         cos, sin = self.cos[past : past + T], self.sin[past : past + T]
         q = rotate(q, cos, sin).transpose(1, 2)  # (B, H, T, D/H)
         k = rotate(k, cos, sin).transpose(1, 2)
         v = v.transpose(1, 2)
-        if past > 0:
-            k = torch.cat([past_k, k], dim=2)
-            v = torch.cat([past_v, v], dim=2)
+        if kv:
+            k, v = torch.cat([kv[0], k], dim=2), torch.cat([kv[1], v], dim=2)
         if cache is not None:
             cache[self] = k, v
 
         dropout = self.dropout if self.training else 0.0
         y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=past == 0)
-        y = self.proj(y.transpose(1, 2).reshape(B, T, D))  # the heads side by side again
+        y = self.proj(y.transpose(1, 2).reshape(B, T, D))
         return F.dropout(y, self.dropout, self.training)
 
 
@@ -179,103 +215,114 @@ class MLP(nn.Module):
         self.up = nn.Linear(config.n_embd, width, bias=False)
         self.down = nn.Linear(width, config.n_embd, bias=False)
 
-    def forward(self, h, cache=None):  # no use for the cache: an MLP sees one position at a time
+    def forward(self, h, cache=None):  # an MLP sees one position at a time and needs no cache
         h = rms_norm(h)
         y = self.down(F.silu(self.gate(h)) * self.up(h))
         return F.dropout(y, self.dropout, self.training)
 
 
 # ----------------------------------------------------------------------------------------------
-# The method, plainly.
+# The method: mixing, merging, details. `GPT.route` puts them together.
 
 
-def offer(kinds, updates, S, block):
-    """What a block of S sublayers offers after these updates: {(kind, block): source (B, T, D)},
-    where block is its number, or "running"."""
-    total = sum(updates)
-    sources = {}
-    for kind in kinds:
-        source = sum(SIGNS[kind](j, S) * u for j, u in enumerate(updates))  # (5)
-        sources[kind, block] = match(total, source) * source
-    return sources
+def mix(sources, inv_rms, queries, biases=None):
+    """Equation (2) for Q queries at once, all with the same N sources.
 
+    sources (N, B, T, D) come with inv_rms = 1 / rms(sources), queries are (Q, D) and biases (Q, N),
+    or None for zeros. Returns three sequences with an entry per query: its mixture (B, T, D), the
+    log-sum-exp of its logits (B, T), which `merge` needs, and its weights (N, B, T).
 
-def match(total, source):
-    """The factor g of (6), (..., D) -> (..., 1), that makes a source as large as its block's total.
-    For the sum itself it is 1.
-
-    A mixture adds raw values, so a small detail would hardly be heard beside the sums. Detached:
-    otherwise a reader of the detail would send a gradient through rms(total), and so train how
-    large the sum is. At most 1000: where all updates are equal a detail is a rounding error, and
-    must not become as large as the sum.
+    Under bf16 autocast the two products of matrices are bf16, all else is fp32.
     """
-    return (rms(total) / rms(source)).detach().clamp_max(1000)
+    logits = (sources @ queries.T) * inv_rms  # q . RMSNorm(s) = (q . s) / rms(s): (N, B, T, Q)
+    if biases is not None:
+        logits = logits + biases.T[:, None, None]
+    if len(sources) == 1:  # nothing to choose: its weight is 1
+        ones = torch.ones_like(logits)
+        return [sources[0]] * len(queries), logits[0].unbind(-1), ones.unbind(-1)
+    lse = logits.logsumexp(0)  # (B, T, Q)
+    weights = (logits - lse).exp()  # the softmax over sources, (N, B, T, Q)
+    # For each token a small product, (Q, N) @ (N, D): all queries read the sources in one pass.
+    a = weights.permute(1, 2, 3, 0).contiguous()  # without this copy a CPU is far slower
+    mixtures = (a @ sources.permute(1, 2, 0, 3)).to(sources.dtype)  # (B, T, Q, D)
+    return mixtures.unbind(2), lse.unbind(-1), weights.unbind(-1)
+
+
+def merge(h, lse, weights, running, query):
+    """Add the sources of the running block, (R, B, T, D), to a mixture of finished ones.
+
+    h (B, T, D), lse (B, T) and weights are what `mix` returned for this query (D) and the finished
+    sources. Returns the mixture of all of them and its weights.
+
+    A softmax over two sets of sources is a weighted mean of the mixtures of both. The weight of a
+    set is Z = exp(lse), the sum of exp(logits) over it, so the mixture is
+
+        (Z h + Z_run h_run) / (Z + Z_run) = h_run + sigmoid(lse - lse_run) (h - h_run)     (7)
+
+    since Z / (Z + Z_run) = 1 / (1 + exp(lse_run - lse)), which is that sigmoid. To replace the
+    softmax, replace all three: the one in `mix`, the weight 1 of a single source there, and (7).
+    """
+    (h_run,), (lse_run,), (weights_run,) = mix(running, 1 / rms(running), query[None])
+    share = torch.sigmoid(lse - lse_run)  # Z / (Z + Z_run)
+    h = torch.lerp(h_run, h, share[..., None])  # (7)
+    return h, torch.cat([share * weights, (1 - share) * weights_run])
+
+
+def details(signs, updates, total):
+    """The details (K, B, T, D) of a finished block, from signs (K, S), its updates (S, B, T, D) and
+    their sum, total (B, T, D)."""
+    with torch.autocast(total.device.type, enabled=False):  # bf16 is too coarse for differences
+        d = torch.tensordot(signs, updates, 1)  # (5)
+    # Where all updates are alike, d is nothing but rounding errors, which must not grow to the size
+    # of the sum. In fp32 the limit prevents this. It does not if autocast rounds updates to bf16.
+    with torch.no_grad():
+        g = (rms(total) / rms(d)).clamp_max(1000)
+    return g * d  # (6)
 
 
 class GPT(nn.Module):
     """A decoder-only Transformer with a choice of residual variant.
 
-    embed, head; sublayers, 2L modules; where routed query (2L+1, D), in wav detail_bias (2L+1, 2):
-    row l-1 belongs to sublayer l, the last one to the output.
+    Routed variants add query (2L+1, D) and, with details, detail_bias (2L+1, K). Row l-1 belongs to
+    sublayer l, the last row to the output. Row 0 of query, and of detail_bias the rows of the first
+    block, get no gradient: these sublayers have one source to choose from, or no details.
     """
 
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.kinds = KINDS.get(config.residual, ())
-        self.details = [kind for kind in self.kinds if kind != "sum"]
-
-        # S: sublayers of a block. chunk: sublayers that route_fast takes at once, a block or more.
-        self.chunk = 2 * math.ceil(config.n_layer / config.n_block)
-        self.block_size = 1 if config.residual == "attnres" else self.chunk  # S
-
-        # PyTorch starts each layer with random numbers; init_weights draws them anew. The generator
-        # goes back to where it was: so a layer added here, under a name of its own, does not move
-        # the others' start.
-        with torch.random.fork_rng(devices=()):
-            self.embed = nn.Embedding(config.vocab_size, config.n_embd)
-            self.sublayers = nn.ModuleList()
-            for _ in range(config.n_layer):
-                self.sublayers += [Attention(config), MLP(config)]
-            self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.embed = nn.Embedding(config.vocab_size, config.n_embd)
+        self.sublayers = nn.ModuleList()
+        for _ in range(config.n_layer):
+            self.sublayers += [Attention(config), MLP(config)]
+        self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.init_weights()
 
-        # With zero queries a mixture of x_0 and sums is a plain mean: the standard stream divided
-        # by the number of sources. The norm that opens each sublayer and the head cancels that
-        # number. So all variants start as the same network, but for what details add.
-        n_reader = 2 * config.n_layer + 1
-        if self.kinds:
-            self.query = nn.Parameter(torch.zeros(n_reader, config.n_embd))
-            S = self.block_size
-            signs = [[float(SIGNS[kind](j, S)) for j in range(S)] for kind in self.kinds]
-            self.register_buffer("basis", torch.tensor(signs), persistent=False)  # (K, S)
-        if self.details:
-            start = torch.full((n_reader, len(self.details)), float(config.detail_bias))
-            self.detail_bias = nn.Parameter(start)
+        if config.residual in DETAILS:
+            n_query = 2 * config.n_layer + 1
+            self.query = nn.Parameter(torch.zeros(n_query, config.n_embd))
+            signs = torch.tensor(config.signs(), dtype=torch.float32)  # (K, S)
+            if len(signs) > 0:
+                self.register_buffer("signs", signs, persistent=False)
+                start = torch.full((n_query, len(signs)), float(config.detail_bias))
+                self.detail_bias = nn.Parameter(start)
 
     @torch.no_grad()
     def init_weights(self):
-        """GPT-2's start, by the names of the layers. (Other matrices keep theirs, with a warning.)
-
-        embed, head, qkv, gate, up    normal, 0.02
-        proj, down                    normal, 0.02 / sqrt(2L), since 2L of them add up in (1)
-        """
-        for name, p in self.named_parameters():
-            layer = name.removesuffix(".weight").split(".")[-1]
-            if layer in ("embed", "head", "qkv", "gate", "up"):
-                p.normal_(std=0.02)
-            elif layer in ("proj", "down"):
-                p.normal_(std=0.02 / math.sqrt(len(self.sublayers)))
-            elif p.ndim > 1:
-                warnings.warn(f"init_weights does not know {name}: it keeps the start it has")
+        """GPT-2's: normal with 0.02, and 0.02 / sqrt(2L) for the matrices that make updates."""
+        for name, module in self.named_modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                last = name.endswith(("proj", "down"))
+                module.weight.normal_(std=0.02 / math.sqrt(len(self.sublayers)) if last else 0.02)
 
     def forward(self, idx, targets=None, cache=None):
-        """Ids (B, T), up to n_ctx of them, to logits (B, T, V) and, given targets (B, T), the mean
-        loss in nats per token. With a cache, a dict that is empty at first, the ids of all calls
-        but the first come one at a time."""
-        x = self.embed(idx)  # (B, T, D), the x_0 of the method
-        if self.kinds:
-            x = self.route(x, cache)  # (2) to (7)
+        """Ids (B, T) to logits (B, T, V) and, with targets (B, T), the mean loss in nats per token.
+
+        With a cache, a dict that starts empty, later calls give one new id of each sequence.
+        """
+        x = self.embed(idx)  # x_0 (B, T, D)
+        if self.config.residual in DETAILS:
+            x = self.route(x, cache)
         else:
             for sublayer in self.sublayers:
                 x = x + sublayer(x, cache)  # (1)
@@ -284,303 +331,80 @@ class GPT(nn.Module):
             return logits, None
         return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
-    def route(self, x, cache=None):
-        """From x_0 (B, T, D) to what the head reads (B, T, D).
+    def route(self, x, cache=None, table=None):
+        """From the embedding x_0 (B, T, D) to the mixture that the head reads (B, T, D).
 
-        Under bf16 autocast sources, their rms, g, logits and softmax stay fp32, like the standard
-        stream (by `rms`, each `.to`, and autocast(enabled=False) in offer_at_once). Two products
-        are bf16: query times source and, in the fast form alone, weights times sources; so the two
-        forms then differ a little.
+        A query is a parameter: it does not depend on any update. So when a block begins, all its
+        queries can read the finished sources in one pass (`mix`). Only the updates of the block
+        itself come later; before each sublayer, those so far are added (`merge`).
+
+        If table is a list, the weights of each mixture, (N, B, T), are appended to it.
         """
-        return route_fast(self, x, cache)  # or the plain form: self.route_plain(x, cache)
-
-    def route_plain(self, x, cache=None, weights=None):
-        """The routed variants by the letter. Training does not run this form but GPT.route, which
-        calls route_fast. After an edit here edit that, too, or let GPT.route call this form; until
-        then train.py refuses, and `python wav.py` says WRONG. To a list `weights` it adds, for each
-        sublayer and the output, the weights of what it read: {(kind, block): (B, T)}."""
-        S = self.block_size
-        completed = {("x0", ""): x}  # what all later sublayers can read
-        updates = []  # of the current block
-        for l, query in enumerate(self.query, start=1):
-            read = dict(completed)  # (3), or (4) and (5)
-            if updates:
-                read |= offer(("sum",), updates, S, "running")  # (4), never in attnres
-            sources = torch.stack([*read.values()])  # (N, B, T, D)
-            bias = self.bias(read)[l - 1]  # (N,)
-            logits = rms_norm(sources) @ query + bias[:, None, None]  # (N, B, T)
-            mixing = logits.softmax(0)  # (N, B, T)
-            h = (mixing[..., None] * sources).sum(0)  # (B, T, D), (2)
-            if weights is not None:
-                weights.append(dict(zip(read, mixing)))
-            if l > len(self.sublayers):
-                return h  # the output reads every block, too
-            u = self.sublayers[l - 1](h, cache)
-            updates.append(u.to(x.dtype))  # bf16 under autocast: back to fp32
-            if len(updates) == S:
-                completed |= offer(self.kinds, updates, S, l // S)
-                updates = []
-
-    def bias(self, sources):
-        """c of (2) for N sources, given as (kind, block): (2L+1, N), 0 for all but details."""
-        columns = dict(zip(self.details, self.detail_bias.T)) if self.details else {}
-        zero = self.query.new_zeros(len(self.sublayers) + 1)
-        return torch.stack([columns.get(kind, zero) for kind, _ in sources], dim=1)
-
-    @torch.no_grad()
-    def routing(self, idx):
-        """Mixing weights on ids (B, T), by route_plain in eval mode, without autocast:
-        (2L+1, N, B, T), 0 where a reader has no such source, and the N names of the sources: "x0",
-        "sum running", "split 3", ... Refused if on these ids the output of GPT.route, whose own
-        weights are not seen, is more than 1e-3 off."""
-        require(self.kinds, f"residual={self.config.residual!r} has no mixing weights to show")
-        rows = []
-        training = self.training
-        self.eval()
-        with torch.autocast(idx.device.type, enabled=False):
-            x = self.embed(idx)
-            plain = self.route_plain(x, weights=rows)
-            apart = (self.route(x) - plain).norm() / plain.norm()
-        self.train(training)
-        cure = "edit route_fast too, or let GPT.route call self.route_plain"
-        require(apart < 1e-3, f"GPT.route is {apart:.0e} off route_plain: {cure}")
-        sources = dict.fromkeys(source for row in rows for source in row)
-        absent = torch.zeros_like(rows[0]["x0", ""])
-        weights = [torch.stack([row.get(source, absent) for source in sources]) for row in rows]
-        return torch.stack(weights), [f"{kind} {block}".strip() for kind, block in sources]
+        S, residual = self.config.S, self.config.residual
+        finished = x[None]  # the sources (N, B, T, D), at first x_0 alone,
+        inv_rms = 1 / rms(finished)  # (N, B, T, 1),
+        c = self.query.new_zeros(len(self.query), 1)  # and their biases, for each query (2L+1, N)
+        # A block at a time. The output's query follows the last sublayer's: in a short last block,
+        # or else alone.
+        for first in range(0, len(self.query), S):
+            queries = self.query[first : first + S]
+            hs, lses, weights = mix(finished, inv_rms, queries, c[first : first + S])
+            updates, running = [], None
+            for i, (query, h, lse, a) in enumerate(zip(queries, hs, lses, weights), start=first):
+                if running is not None:
+                    h, a = merge(h, lse, a, running, query)
+                if table is not None:
+                    table.append(a)
+                if i == len(self.sublayers):
+                    return h  # every call ends here
+                u = self.sublayers[i](h, cache).to(x.dtype)  # autocast may have made it bf16
+                updates.append(u)
+                if residual == "attnres":
+                    running = torch.stack(updates)  # (3)
+                else:
+                    running = u[None] if running is None else running + u  # (4)
+            # The block has finished. What was running stays a source; wav's details join.
+            offered = [running]
+            c = F.pad(c, (0, len(running)))  # bias 0
+            if DETAILS[residual]:
+                offered.append(details(self.signs, torch.stack(updates), running[0]))
+                c = torch.cat([c, self.detail_bias], dim=1)
+            finished = torch.cat([finished, *offered])
+            inv_rms = torch.cat([inv_rms, *(1 / rms(new) for new in offered)])
 
     @torch.no_grad()
     def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None):
-        """Yield max_new_tokens ids (B, 1) that go on from idx (B, T), one by one. Call eval first.
+        """Yield max_new_tokens ids (B, 1) that continue idx (B, T), one by one. Call eval() first.
 
-        temperature: 1 as trained, 0 for the likeliest id; top_k: draw from the k likeliest only.
-        Keys and values are cached; routing mixes over depth, at one position, and needs no cache.
-        When n_ctx positions are full, the window starts again from its last n_ctx / 2.
+        temperature: 0 takes the likeliest id; top_k: draw from the k likeliest only. Attention's
+        keys and values are cached; routing needs no cache, since it mixes over depth at one
+        position. When n_ctx positions are full, the window starts again from its last half.
         """
-        require(temperature >= 0, f"temperature={temperature} must be 0 or more")
-        require(top_k is None or top_k >= 1, f"top_k={top_k} must be 1 or more")
-        require(idx.size(1) > 0, "there is no id to go on from: give one at least")
+        require(idx.size(1) > 0, "the prompt is empty: give at least one id")
         n_ctx, V = self.config.n_ctx, self.config.vocab_size
-        window = idx[:, -n_ctx:]
-        new = window  # what the cache has not seen yet
+        window = new = idx[:, -n_ctx:]
         cache = {}
         for _ in range(max_new_tokens):
             if window.size(1) > n_ctx:
-                window = window[:, -max(1, n_ctx // 2) :]
-                new = window
+                window = new = window[:, -max(1, n_ctx // 2) :]
                 cache = {}
             logits, _ = self(new, cache=cache)
             values, ids = logits[:, -1].float().topk(min(top_k or V, V))  # (B, k), the best first
             probabilities = (values / max(temperature, 1e-30)).softmax(-1)
-            drawn = torch.multinomial(probabilities, num_samples=1)  # (B, 1)
-            new = ids.gather(1, drawn)
+            new = ids.gather(1, torch.multinomial(probabilities, 1))  # (B, 1)
             window = torch.cat([window, new], dim=1)
             yield new
 
-
-# ----------------------------------------------------------------------------------------------
-# The same method, fast. A query is a parameter, not a function of the token. So before a block
-# runs, all its queries can read the completed sources at once; inside it only what it has made
-# itself is new. The two parts of a softmax, over what is done and over what is running, merge
-# exactly. If Z = exp(lse) is the sum of exp(logits) of a part, the mixture of both is
-#
-#     (Z_done h_done + Z_run h_run) / (Z_done + Z_run)
-#         = h_run + sigmoid(lse_done - lse_run) (h_done - h_run)                          (7)
-#
-# The sigmoid is this arithmetic, not a gate that learns. For example wav, 12 layers in 6 blocks:
-# sublayers 9 to 12 read 7 sources, x_0 and 3 of each of 2 blocks, in one pass; then 10, 11 and 12,
-# one by one, merge the running sum in.
-
-
-def route_fast(model, x, cache=None):
-    """As GPT.route_plain: from x_0 (B, T, D) to what the head reads (B, T, D)."""
-    S, n_sublayer = model.block_size, len(model.sublayers)
-    c_block = model.bias([(kind, "") for kind in model.kinds])  # (2L+1, K), alike in all blocks
-    c = F.pad(c_block.repeat(1, n_sublayer // S), (1, 0))  # (2L+1, N), with a 0 for x_0
-    done = x[None]  # the completed sources (N, B, T, D): x_0, then K of each block
-    inv_rms = 1 / rms(done)  # kept beside them: (N, B, T, 1)
-    for first in range(0, n_sublayer + 1, model.chunk):  # + 1: the output reads last
-        # All queries of a chunk (a block; in attnres, several) read what is done in one pass.
-        readers = slice(first, first + model.chunk)
-        h_done, lse_done = mix(done, inv_rms, model.query[readers], c[readers, : len(done)])
-        updates, running = [], None  # running: the sources made in this chunk so far, set below
-        for j, query in enumerate(model.query[readers]):
-            h = h_done[j]
-            if updates:
-                h = merge(h, lse_done[j], running, query)
-            if first + j == n_sublayer:
-                return h  # to the head: no sublayer follows
-            u = model.sublayers[first + j](h, cache).to(x.dtype)
-            updates.append(u)
-            if S == 1:
-                running = torch.stack(updates)  # (j+1, B, T, D): each update is a source (3)
-            else:
-                running = u[None] if j == 0 else running + u  # (1, B, T, D): their sum is one (4)
-        # Complete. Without details `running` is what it offers: its sum, in attnres each update.
-        if model.details:
-            new, new_inv_rms = offer_at_once(model.basis, updates, running[0])
-        else:
-            new, new_inv_rms = running, 1 / rms(running)
-        done = torch.cat([done, new])
-        inv_rms = torch.cat([inv_rms, new_inv_rms])
-
-
-def mix(sources, inv_rms, query, bias):
-    """Softmax mixtures (2) of N sources for each of Q queries, token by token.
-
-    sources (N, B, T, D), inv_rms (N, B, T, 1), query (Q, D), bias (Q, N). Returns Q mixtures
-    (B, T, D) and the log-sum-exps of their logits, Q times (B, T).
-    """
-    # Plainly, as in route_plain: logits = q . RMSNorm(s) + c, h = sum over N of softmax(logits) s.
-    dots = sources @ query.T  # (N, B, T, Q); as q . RMSNorm(s) = (q . s) / rms(s), no key is stored
-    logits = torch.addcmul(bias.T[:, None, None], dots, inv_rms)  # bias + dots * inv_rms
-    if len(sources) == 1:  # as in the first block, and a running sum: its weight is 1
-        return [sources[0]] * len(query), logits[0].unbind(-1)
-    lse = logits.logsumexp(0)  # (B, T, Q)
-    mixing = (logits - lse).exp()  # (N, B, T, Q)
-    # For each token a product (Q, N) @ (N, D): all queries read the sources in one pass.
-    mixing = mixing.permute(1, 2, 3, 0).contiguous()  # else a CPU multiplies token by token
-    mixtures = mixing @ sources.permute(1, 2, 0, 3)  # (B, T, Q, D)
-    mixtures = mixtures.to(sources.dtype)  # autocast multiplies in bf16
-    return mixtures.unbind(2), lse.unbind(-1)
-
-
-def merge(h_done, lse_done, running, query):
-    """What one query (D) reads: the running sources (N, B, T, D) merged into the mixture of the
-    completed ones, h_done (B, T, D) with its lse_done (B, T). Returns (B, T, D)."""
-    no_bias = query.new_zeros(1, len(running))  # a running source is no detail
-    (h_run,), (lse_run,) = mix(running, 1 / rms(running), query[None], no_bias)
-    from_done = torch.sigmoid(lse_done - lse_run)[..., None]  # Z_done / (Z_done + Z_run)
-    return torch.lerp(h_run, h_done, from_done)  # h_run + from_done (h_done - h_run), (7)
-
-
-def offer_at_once(basis, updates, total):
-    """As `offer` for a block with this total (B, T, D): K sources (K, B, T, D), in one product with
-    their signs, the rows of basis (K, S), and 1 / rms of each, (K, B, T, 1)."""
-    with torch.autocast(total.device.type, enabled=False):  # which would round to bf16
-        sources = torch.tensordot(basis, torch.stack(updates), 1)  # (5)
-    gain = match(total, sources)  # (K, B, T, 1)
-    return gain * sources, 1 / (rms(sources) * gain)  # (6); rms(g d) = g rms(d), above its floor
-
-
-# ----------------------------------------------------------------------------------------------
-# What a configuration cannot be.
-
-
-class Refused(ValueError):
-    """What was asked for cannot work. The scripts print it as one line; other errors in full."""
-
-
-def require(condition, message):
-    if not condition:
-        raise Refused(message)
-
-
-def check_sizes(config):
-    for name in ("vocab_size", "n_ctx", "n_layer", "n_head", "n_embd"):
-        n = getattr(config, name)
-        require(type(n) is int and 1 <= n <= 10**6, f"{name}={n!r} must be an int, 1 to 10**6")
-    D, H = config.n_embd, config.n_head
-    require(D % (2 * H) == 0, f"n_embd={D} must be a multiple of 2 n_head={2 * H}, for RoPE")
-    p, bias = config.dropout, config.detail_bias
-    require(0 <= p < 1, f"dropout={p} must be at least 0 and below 1")
-    require(-1000 <= bias <= 1000, f"detail_bias={bias} must be from -1000 to 1000")
-    residual = config.residual
-    require(residual in RESIDUALS, f"residual={residual!r} is none of {', '.join(RESIDUALS)}")
-    kinds = KINDS.get(residual, ())
-    require({*kinds} <= {*SIGNS}, f"{residual} offers {kinds}, but SIGNS knows {[*SIGNS]} alone")
-
-
-def check_blocks(config):
-    """A block needs at least as many sublayers as kinds: with one layer, phase and split would
-    both be attention minus MLP."""
-    L, n_block = config.n_layer, config.n_block
-    least = len(KINDS.get(config.residual, ()))
-    counts = [n for n in block_counts(L) if 2 * math.ceil(L / n) >= least]
-    require(counts, f"n_layer={L} is too short for the {least} sources of a block: add layers")
-    message = (
-        f"n_block={n_block!r} does not cut n_layer={L} into blocks of one size, {least} sublayers "
-        f"or more (the last may be shorter): try one of {counts}"
-    )
-    require(type(n_block) is int and n_block in counts, message)
-
-
-def block_counts(n_layer):
-    """All possible numbers of blocks, ceil(L / size) for every size. For 7 layers: 1, 2, 3, 4, 7,
-    where 4 is 2+2+2+1."""
-    return sorted({math.ceil(n_layer / size) for size in range(1, n_layer + 1)})
-
-
-def default_n_block(n_layer):
-    """Nearest to 8, in ratio, of those with an even number of layers in a block (so that sum,
-    phase and split are orthogonal); a single layer is a single block."""
-    even = [n for n in block_counts(n_layer) if math.ceil(n_layer / n) % 2 == 0]
-    return min(even or [1], key=lambda n: abs(math.log(n / 8)))
-
-
-# ----------------------------------------------------------------------------------------------
-# The method in small: `python wav.py`.
-
-
-def main():
-    """Print the signs, and judge the code in float64. Two columns must be 0 up to rounding (1e-9),
-    or the exit status is 1: how far the start is from standard's with details switched off, and
-    how far the fast form is from the plain one, values and gradients, with random weights, at 12
-    layers and at 7, where the last block is shorter. The start with details is only shown."""
-    print("a block of two layers:   attention      MLP  attention      MLP")
-    for kind, sign in SIGNS.items():
-        print(f"  {kind:20}" + "".join(f"{sign(j, 4):+10g}" for j in range(4)))
-
-    print("\n12 layers (fast form: 7, too)         the start, off standard        fast form,")
-    print("                       parameters      no details         details       off plain")
-    idx = torch.arange(32).view(2, 16)
-    wrong = []
-    for residual in RESIDUALS:
-        off, model = start(residual, idx, detail_bias=-1000.0)
-        as_is, model = start(residual, idx)
-        line = f"  {residual:18} {sum(p.numel() for p in model.parameters()):12,}"
-        line += f"{off:16.0e}{as_is:16.0e}"
-        if model.kinds and not off <= 1e-9:  # nan is wrong, too
-            wrong.append(f"{residual} does not start as standard: is an eps too large, a source")
-            wrong.append("  counted twice, the sum of a block not offered, an addition not 0?")
-        if model.kinds:
-            uneven = start(residual, idx, n_layer=7)[1]
-            apart = torch.stack([fast_off_plain(m, idx) for m in (model, uneven)]).max()
-            line += f"{apart:16.0e}"
-            if not apart <= 1e-9:
-                wrong.append(
-                    f"{residual}: GPT.route and route_plain differ. Was one of them edited?"
-                )
-                wrong.append("  Edit route_fast too, or let GPT.route call self.route_plain.")
-        print(line)
-    print("\n".join(["WRONG", *wrong]) if wrong else "all as it should be")
-    return 1 if wrong else 0
-
-
-def start(residual, idx, **config):
-    """How far the first logits are from standard's, and the model."""
-    logits = []
-    for name in ("standard", residual):
-        torch.manual_seed(1)
-        model = GPT(GPTConfig(65, residual=name, **config)).double()
-        logits.append(model(idx)[0].detach())
-    return (logits[1] - logits[0]).norm() / logits[0].norm(), model
-
-
-def fast_off_plain(model, idx):
-    """How far GPT.route is from route_plain, in values and gradients, far from the start."""
-    for p in model.parameters():
-        p.data = 0.1 * torch.randn_like(p)
-    found = []
-    for form in (model.route, model.route_plain):
-        torch.manual_seed(1)  # both drop the same, where something drops
-        h = rms_norm(form(model.embed(idx)))
-        loss = F.cross_entropy(model.head(h).flatten(0, 1), idx.flatten())
-        learned = [p for p in model.parameters() if p.requires_grad]
-        gradients = torch.autograd.grad(loss, learned, materialize_grads=True)
-        found.append(torch.cat([h.flatten(), *(g.flatten() for g in gradients)]))
-    return (found[0] - found[1]).norm() / found[1].norm()
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    @torch.no_grad()
+    def routing(self, idx):
+        """The weights of all mixtures on ids (B, T), as (2L+1, N, B, T), 0 for a source that is yet
+        to come, and the names of the N sources. "sum b" is the sum so far while block b is running.
+        Call eval() first."""
+        residual = self.config.residual
+        require(residual in DETAILS, f"{residual} has no mixing weights to show")
+        table = []
+        self.route(self.embed(idx), table=table)
+        N = len(table[-1])  # the output reads the most
+        kinds = ("update",) if residual == "attnres" else ("sum", *DETAILS[residual])
+        names = ["x0", *(f"{kind} {i + 1}" for i in range(N) for kind in kinds)]  # more than enough
+        return nn.utils.rnn.pad_sequence(table, batch_first=True), names[:N]  # pads with 0
