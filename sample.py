@@ -28,7 +28,6 @@ def main(argv=None):
     add("--out_dir", help="the run to sample from; None: the latest under out/")
     add("--prompt", help="text to continue; None: the first token of the vocabulary")
     add("--n_tokens", type=int, default=500, help="tokens to make")
-    add("--n_samples", type=int, default=1, help="texts to make")
     add("--temperature", type=float, default=0.8, help="0: always the likeliest token")
     add("--top_k", type=int, help="draw from the k likeliest only; None: from all")
     add("--seed", type=int, default=1, help="the same seed makes the same text")
@@ -51,12 +50,8 @@ def main(argv=None):
     require(not unknown, f"the model never saw {unknown}: use characters of its text in --prompt")
     ids = torch.from_numpy(data.encode(prompt, vocab))[None].long().to(model.head.weight.device)
     torch.manual_seed(args.seed)
-    for i in range(args.n_samples):
-        if i > 0:
-            print("-" * 80)
-        new = model.stream(ids, args.n_tokens, args.temperature, args.top_k)
-        text = torch.cat([ids, *new], dim=1)[0].tolist()
-        print(data.decode(text, vocab), flush=True)
+    new = model.stream(ids, args.n_tokens, args.temperature, args.top_k)
+    print(data.decode(torch.cat([ids, *new], dim=1)[0].tolist(), vocab))
 
 
 def find_checkpoint(out_dir=None):

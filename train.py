@@ -39,10 +39,10 @@ import data
 import wav
 from wav import GPT, RESIDUALS, GPTConfig, Refused, require
 
-# --resume may change these. All other settings make a run what it is.
-MAY_CHANGE = {"dataset", "data_dir", "out_dir", "resume", "overwrite", "device", "compile"}
-MAY_CHANGE |= {"max_iters", "eval_interval"}
-MAY_CHANGE |= {"batch_size", "grad_accum"}  # if their product stays: then a step reads the same
+# --resume may change these, batch_size and grad_accum only if their product stays: then a step reads
+# the same windows. All other settings make a run what it is.
+MAY_CHANGE = ("dataset", "data_dir", "out_dir", "resume", "overwrite", "device", "compile")
+MAY_CHANGE += ("max_iters", "eval_interval", "batch_size", "grad_accum")
 
 CODE = Path(wav.__file__).read_text("utf-8")  # read at start: it may be edited while a run goes on
 
@@ -112,8 +112,7 @@ def read_settings(argv):
         changed = [k for k in before if k not in MAY_CHANGE and getattr(args, k, None) != before[k]]
         if args.batch_size * args.grad_accum != before["batch_size"] * before["grad_accum"]:
             changed.append("batch_size * grad_accum")
-        hint = "leave it out, or start another run with --out_dir"
-        require(not changed, f"--resume cannot change {', '.join(changed)}: {hint}")
+        require(not changed, f"--resume cannot change {changed}: start another run with --out_dir")
         done = checkpoint["step"]
         require(done < args.max_iters, f"this run has done {done:,} steps: raise --max_iters")
     else:
@@ -123,10 +122,13 @@ def read_settings(argv):
 
     for name in ("batch_size", "grad_accum", "max_iters", "eval_interval", "eval_windows"):
         require(getattr(args, name) >= 1, f"{name}={getattr(args, name)} must be at least 1")
-    for name in ("learning_rate", "warmup_iters", "weight_decay", "grad_clip", "seed"):
+    for name in ("warmup_iters", "weight_decay", "grad_clip", "seed"):
         require(getattr(args, name) >= 0, f"{name}={getattr(args, name)} must not be negative")
+    require(args.learning_rate > 0, f"learning_rate={args.learning_rate} must be above 0")
+    if args.min_lr is None:
+        args.min_lr = args.learning_rate / 10
     above = f"min_lr={args.min_lr} must be from 0 to learning_rate={args.learning_rate}"
-    require(args.min_lr is None or 0 <= args.min_lr <= args.learning_rate, above)
+    require(0 <= args.min_lr <= args.learning_rate, above)
     return args, checkpoint
 
 
@@ -137,7 +139,6 @@ def main(argv=None):
     # Processes and device. Under torchrun there are several, and each takes its share of a batch.
     rank, local_rank = (int(os.environ.get(name, "0")) for name in ("RANK", "LOCAL_RANK"))
     world = int(os.environ.get("WORLD_SIZE", "1"))
-    require(0 <= rank < world, f"RANK={rank} with WORLD_SIZE={world}: start this with torchrun")
     for name in ("batch_size", "eval_windows"):
         n = getattr(args, name)
         require(n % world == 0, f"{name}={n} must be a multiple of {world}, the processes")
@@ -157,8 +158,8 @@ def main(argv=None):
     val_x, val_y = data.windows(val_ids, args.n_ctx, val_starts)
 
     # Model and optimiser
-    names = [field.name for field in fields(GPTConfig) if field.name in args]
-    config = GPTConfig(len(text.vocab), **{name: getattr(args, name) for name in names})
+    shape = {f.name: getattr(args, f.name) for f in fields(GPTConfig) if f.name in args}
+    config = GPTConfig(len(text.vocab), **shape)
     torch.manual_seed(args.seed)
     model = GPT(config).to(device)
     optimizer = make_optimizer(model, args)
@@ -178,8 +179,8 @@ def main(argv=None):
         require(asdict(config) == checkpoint["config"], "wav.py no longer makes this run's model")
         model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
-        step, seconds, best, log = (checkpoint[k] for k in ("step", "seconds", "best", "log"))
-        code = checkpoint["code"]
+        kept = ("step", "seconds", "best", "log", "code")
+        step, seconds, best, log, code = (checkpoint[name] for name in kept)
     if not code or note_changed_code(code):
         code[step] = CODE  # the wav.py that trained from this step on
 
@@ -189,8 +190,8 @@ def main(argv=None):
     if rank == 0:
         print(f"{args.dataset}: {sizes}")
         if text.copied > 10:
-            print(f"note: {text.copied} % of the validation text is in the training text, so its")
-            print("loss is too low")
+            print(f"note: {text.copied} % of the validation text is in the training text, too:")
+            print("the validation loss is too low")
         print(f"{name}: {n_params:,} parameters, a vocabulary of {len(text.vocab):,}")
         print(f"{args.dtype} on {device}, {tokens_per_step:,} tokens a step")
         print(f"into {out_dir}/", flush=True)
@@ -348,11 +349,11 @@ def make_optimizer(model, args):
 
 def lr_scale(args, step):
     """The learning rate at a step, over its peak: linear warm-up, then a cosine that ends at min_lr
-    (by default a tenth of the peak) at max_iters."""
+    at max_iters."""
     if step < args.warmup_iters:
         return (step + 1) / args.warmup_iters
-    end = 0.1 if args.min_lr is None else args.min_lr / max(args.learning_rate, 1e-30)
     done = (step - args.warmup_iters) / max(1, args.max_iters - args.warmup_iters)
+    end = args.min_lr / args.learning_rate
     return end + (1 - end) * 0.5 * (1 + math.cos(math.pi * done))
 
 

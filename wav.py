@@ -148,8 +148,8 @@ def rms(x):
     """Root mean square over the last dimension, (..., D) -> (..., 1), in fp32 or better."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=dtype)
-    # Only vectors of zeros need this floor (no sublayer returns one). The usual eps of 1e-6 under the
-    # root would distort: with 97 sources (attnres, 48 layers) mean squares start at 1e-7.
+    # Only a vector of zeros needs this floor, and no sublayer returns one. The usual eps of 1e-6
+    # under the root would distort: with 97 sources (attnres, 48 layers) mean squares start at 1e-7.
     return (norm / x.size(-1) ** 0.5).clamp_min(1e-12)
 
 
