@@ -27,9 +27,9 @@ def main(argv=None):
     add = parser.add_argument
     add("--out_dir", help="the run to sample from; None: the latest under out/")
     add("--prompt", help="text to continue; None: the first token of the vocabulary")
-    add("--n_tokens", type=int, default=500, help="tokens to make")
-    add("--temperature", type=float, default=0.8, help="0: always the likeliest token")
-    add("--top_k", type=int, help="draw from the k likeliest only; None: from all")
+    add("--n_tokens", type=int, default=500, help="tokens to generate")
+    add("--temperature", type=float, default=0.8, help="0: always the most likely token")
+    add("--top_k", type=int, help="draw from the k most likely tokens; None: from all")
     add("--seed", type=int, default=1, help="the same seed makes the same text")
     add("--device", default="auto", help="auto, cpu, mps, cuda or cuda:N")
     add("--routing", action="store_true", help="print what each sublayer reads")
@@ -68,7 +68,7 @@ def find_checkpoint(out_dir=None):
 def load_checkpoint(path, device="cpu"):
     """A model, ready to use, and all that train.py has saved with it. Runs no code in the file."""
     checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    note_changed_code(checkpoint["code"])
+    note_changed_code(checkpoint)
     model = GPT(GPTConfig(**checkpoint["config"])).to(device)
     model.load_state_dict(checkpoint["model"])
     return model.eval(), checkpoint
@@ -86,11 +86,11 @@ def print_routing(model, checkpoint):
     print_map(weights.tolist(), names)
 
     kinds = [name.split()[0] for name in names]
-    loss = loss_without(model, None, x, y)
-    print(f"\nkind       read by the output   the loss, {loss:.3f} here, rises without it by")
+    loss = loss_without(None, kinds, model, x, y)
+    print(f"\nkind       weight in the output   increase of the loss, {loss:.3f}, when hidden")
     for kind in dict.fromkeys(kinds):
         share = sum(w for w, k in zip(weights[-1].tolist(), kinds) if k == kind)
-        print(f"{kind:10}{share:16.0f} %{loss_without(model, kind, x, y) - loss:+16.3f}")
+        print(f"{kind:10}{share:18.0f} %{loss_without(kind, kinds, model, x, y) - loss:+20.3f}")
 
 
 def validation_windows(model, checkpoint):
@@ -133,17 +133,15 @@ def print_map(weights, names):
 
 
 @torch.no_grad()
-def loss_without(model, hidden, x, y):
-    """The loss with a kind of source hidden: its logits are lowered by 10,000. A weight says how
-    much is read, this says what for. (None: nothing is hidden.)"""
-    residual = model.config.residual
-    kinds = ["update"] if residual == "attnres" else ["sum", *wav.DETAILS[residual]]
+def loss_without(hidden, kinds, model, x, y):
+    """The loss with a kind of source hidden (None: none): its logits are lowered by 10,000. kinds are
+    those of all sources, in order."""
     mix = wav.mix
 
     def mix_without(sources, inv_rms, queries, biases=None):
-        columns = ["x0", *kinds * len(sources)][: len(sources)]
+        columns = kinds[: len(sources)]
         if biases is None:  # from `merge`, with running sources
-            columns = kinds[:1] * len(sources)
+            columns = kinds[1:2] * len(sources)
             biases = queries.new_zeros(1, len(sources))
         off = biases.new_tensor([-1e4 * (kind == hidden) for kind in columns])
         return mix(sources, inv_rms, queries, biases + off)

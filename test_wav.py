@@ -364,6 +364,14 @@ def test_under_autocast_every_sublayer_reads_fp32_and_the_logits_are_near(residu
     assert (logits - exact).norm() < 0.02 * exact.norm()
 
 
+def test_autocast_does_not_round_the_differences_of_a_detail():
+    updates = torch.randn(4, 2, 3, 16)
+    exact = wav.details(make().float().signs, updates, updates.sum(0))
+    with torch.autocast("cpu", torch.bfloat16):
+        d = wav.details(make().float().signs, updates, updates.sum(0))
+    torch.testing.assert_close(d, exact)
+
+
 def test_compiled_parts_compute_the_same(ids, monkeypatch):
     for name in ("mix", "merge", "details"):
         monkeypatch.setattr(wav, name, getattr(wav, name))  # put back at the end

@@ -7,14 +7,14 @@ Train a model on text.
     torchrun --nproc_per_node=4 train.py --batch_size 64       # four GPUs
 
 A run has a folder, out/DATASET-RESIDUAL-LAYERSxWIDTH unless --out_dir names another. It is written
-at every evaluation, and only then. Ctrl-C evaluates, writes and ends.
+at every evaluation, and only then. Ctrl-C evaluates, writes and ends (not under torchrun).
 
     ckpt.pt          the last state, from which --resume goes on
     best.pt          the state with the lowest validation loss, which sample.py takes
     log.csv          a row for each evaluation; train_loss is the mean since the row before
     settings.json    all settings
 
-To compare runs: tail -qn1 out/*/log.csv
+The last losses of all runs: tail -n1 out/*/log.csv
 """
 
 import argparse
@@ -39,12 +39,15 @@ import data
 import wav
 from wav import GPT, RESIDUALS, GPTConfig, Refused, require
 
-# --resume may change these, batch_size and grad_accum only if their product stays: then a step reads
-# the same windows. All other settings make a run what it is.
-MAY_CHANGE = ("dataset", "data_dir", "out_dir", "resume", "overwrite", "device", "compile")
-MAY_CHANGE += ("max_iters", "eval_interval", "batch_size", "grad_accum")
+# --resume may change these, batch_size and grad_accum only if their product stays: then a step
+# reads the same windows. All other settings make a run what it is.
+MAY_CHANGE = (
+    *("dataset", "data_dir", "out_dir", "resume", "overwrite", "device", "compile"),
+    *("max_iters", "eval_interval", "batch_size", "grad_accum"),
+)
 
-CODE = Path(wav.__file__).read_text("utf-8")  # read at start: it may be edited while a run goes on
+# Read at start: the files may be edited while a run goes on.
+CODE = "".join(Path(path).read_text("utf-8") for path in (wav.__file__, __file__))
 
 
 def make_parser():
@@ -60,7 +63,7 @@ def make_parser():
     add("--data_dir", default="data", help="where downloads are kept")
     add("--out_dir", help="folder of the run; None: out/DATASET-RESIDUAL-LAYERSxWIDTH")
     either = parser.add_mutually_exclusive_group()
-    either.add_argument("--resume", action="store_true", help="go on with the run in out_dir")
+    either.add_argument("--resume", action="store_true", help="continue the run in out_dir")
     either.add_argument("--overwrite", action="store_true", help="replace the run in out_dir")
     # The model
     add("--residual", default="wav", choices=RESIDUALS, help="residual variant")
@@ -68,18 +71,22 @@ def make_parser():
     add("--n_head", type=int, default=4, help="attention heads")
     add("--n_embd", type=int, default=128, help="width of the residual stream")
     add("--n_ctx", type=int, default=128, help="context, in tokens")
-    add("--layers_per_block", type=int, help="None: an even number, for about 8 blocks")
+    add("--layers_per_block", type=int, help="None: an even number that makes about 8 blocks")
     add("--detail_bias", type=float, default=-2.0, help="initial bias of wav's details")
     add("--dropout", type=float, default=0.0, help="dropout probability")
     # The optimisation
     add("--batch_size", type=int, default=16, help="windows of n_ctx tokens, over all processes")
     add("--grad_accum", type=int, default=1, help="batches per step")
-    add("--max_iters", type=int, default=800, help="steps; the learning rate falls until then")
+    add(
+        "--max_iters",
+        type=int,
+        default=800,
+        help="steps, and the length of the learning-rate schedule",
+    )
     add("--learning_rate", type=float, default=3e-3, help="peak learning rate")
-    add("--min_lr", type=float, help="where the cosine ends; None: a tenth of the peak")
     add("--warmup_iters", type=int, default=50, help="steps of linear warm-up")
-    add("--weight_decay", type=float, default=0.1, help="of matrices, not of queries or biases")
-    add("--grad_clip", type=float, default=1.0, help="largest gradient norm; 0: any")
+    add("--weight_decay", type=float, default=0.1, help="of weight matrices only")
+    add("--grad_clip", type=float, default=1.0, help="clip the gradient norm to this; 0: off")
     add("--seed", type=int, default=1, help="of initial weights, batches and dropout")
     # Evaluation
     add("--eval_interval", type=int, default=100, help="steps between evaluations")
@@ -87,7 +94,7 @@ def make_parser():
     # The machine
     add("--device", default="auto", help="auto, cpu, mps, cuda or cuda:N")
     dtypes = ("auto", "float32", "bfloat16")
-    add("--dtype", default="auto", choices=dtypes, help="of products; auto: bfloat16 on new GPUs")
+    add("--dtype", default="auto", choices=dtypes, help="auto: bfloat16 on GPUs that support it")
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile; None: on CUDA")
     return parser
 
@@ -103,7 +110,7 @@ def read_settings(argv):
     checkpoint = None
 
     if args.resume:
-        require(path.exists(), f"there is no {path} to resume")
+        require(path.exists(), f"there is no checkpoint {path}")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         # What the command line leaves out is as it was, and most of the rest must be.
         before = checkpoint["settings"]
@@ -116,19 +123,14 @@ def read_settings(argv):
         done = checkpoint["step"]
         require(done < args.max_iters, f"this run has done {done:,} steps: raise --max_iters")
     else:
-        held = f"{out_dir} holds a run: give --resume, --overwrite or another --out_dir"
+        held = f"{out_dir} has a run already: use --resume, --overwrite or another --out_dir"
         require(args.overwrite or not path.exists(), held)
     args.out_dir = out_dir
 
     for name in ("batch_size", "grad_accum", "max_iters", "eval_interval", "eval_windows"):
         require(getattr(args, name) >= 1, f"{name}={getattr(args, name)} must be at least 1")
-    for name in ("warmup_iters", "weight_decay", "grad_clip", "seed"):
+    for name in ("learning_rate", "warmup_iters", "weight_decay", "grad_clip", "seed"):
         require(getattr(args, name) >= 0, f"{name}={getattr(args, name)} must not be negative")
-    require(args.learning_rate > 0, f"learning_rate={args.learning_rate} must be above 0")
-    if args.min_lr is None:
-        args.min_lr = args.learning_rate / 10
-    above = f"min_lr={args.min_lr} must be from 0 to learning_rate={args.learning_rate}"
-    require(0 <= args.min_lr <= args.learning_rate, above)
     return args, checkpoint
 
 
@@ -151,15 +153,15 @@ def main(argv=None):
     text = data.load(args.dataset, args.data_dir)
     sizes = f"{len(text.train):,} tokens to train on, {len(text.val):,} to validate on"
     least = min(len(text.train), len(text.val))
-    require(least >= args.n_ctx + 2, f"{sizes}: n_ctx={args.n_ctx} needs {args.n_ctx + 2} of each")
+    require(least >= args.n_ctx + 1, f"{sizes}: n_ctx={args.n_ctx} needs {args.n_ctx + 1} of each")
     train_ids = torch.from_numpy(text.train).to(device)
     val_ids = torch.from_numpy(text.val).to(device)
     val_starts = data.even_starts(len(val_ids), args.n_ctx, args.eval_windows)[rank::world]
     val_x, val_y = data.windows(val_ids, args.n_ctx, val_starts)
 
     # Model and optimiser
-    shape = {f.name: getattr(args, f.name) for f in fields(GPTConfig) if f.name in args}
-    config = GPTConfig(len(text.vocab), **shape)
+    model_args = {f.name: getattr(args, f.name) for f in fields(GPTConfig) if f.name in args}
+    config = GPTConfig(len(text.vocab), **model_args)
     torch.manual_seed(args.seed)
     model = GPT(config).to(device)
     optimizer = make_optimizer(model, args)
@@ -173,16 +175,15 @@ def main(argv=None):
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16")
 
     # What changes from step to step. A checkpoint holds all of it.
-    step, seconds, best, log, code = 0, 0.0, math.inf, [], {}
+    step, seconds, best, log, code = 0, 0.0, math.inf, [], CODE
     if checkpoint:
         require(text.checksum == checkpoint["text"], f"{args.dataset!r} is not this run's text")
         require(asdict(config) == checkpoint["config"], "wav.py no longer makes this run's model")
+        note_changed_code(checkpoint)
         model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         kept = ("step", "seconds", "best", "log", "code")
         step, seconds, best, log, code = (checkpoint[name] for name in kept)
-    if not code or note_changed_code(code):
-        code[step] = CODE  # the wav.py that trained from this step on
 
     name = f"{args.residual} {args.n_layer}x{args.n_embd}"
     n_params = sum(p.numel() for p in model.parameters())
@@ -190,25 +191,25 @@ def main(argv=None):
     if rank == 0:
         print(f"{args.dataset}: {sizes}")
         if text.copied > 10:
-            print(f"note: {text.copied} % of the validation text is in the training text, too:")
-            print("the validation loss is too low")
+            print(f"note: {text.copied} % of the validation text also occurs in the training text,")
+            print("so the validation loss is too low")
         print(f"{name}: {n_params:,} parameters, a vocabulary of {len(text.vocab):,}")
         print(f"{args.dtype} on {device}, {tokens_per_step:,} tokens a step")
-        print(f"into {out_dir}/", flush=True)
+        print(f"writing to {out_dir}/", flush=True)
 
-    # torch.compile, by default on CUDA with Triton (which Windows lacks). A first batch compiles,
-    # and shows what fails, before the clock runs. It takes no step.
+    # torch.compile, by default on CUDA with Triton (which Windows lacks)
     use_compile = args.compile
     if use_compile is None:
         use_compile = device.type == "cuda" and importlib.util.find_spec("triton") is not None
+    shape = (args.grad_accum, world, local_batch)
     if use_compile:
-        compile_parts(model)
         if rank == 0:
             print("compiling, which takes a minute or more...", flush=True)
-    shape = (args.grad_accum, world, local_batch)
-    starts = data.random_starts(len(train_ids), args.n_ctx, shape, args.seed, 0)
-    add_gradients(model, *data.windows(train_ids, args.n_ctx, starts[:1, rank]), autocast)
-    model.zero_grad()
+        compile_parts(model)
+        # A first batch compiles before the clock runs. It takes no step.
+        starts = data.random_starts(len(train_ids), args.n_ctx, shape, args.seed, 0)
+        add_gradients(model, *data.windows(train_ids, args.n_ctx, starts[:1, rank]), autocast)
+        model.zero_grad()
     network = DistributedDataParallel(model) if world > 1 else model
 
     bar = tqdm(total=args.max_iters, initial=step, unit="step", disable=True if rank else None)
@@ -217,10 +218,9 @@ def main(argv=None):
     def stop(number, frame):
         nonlocal stopping
         stopping = True
-        bar.disable = True  # Ctrl-C ends `| tee`, too, and a bar without a screen is an error
         signal.signal(number, signal.SIG_DFL)
-        with contextlib.suppress(OSError):
-            os.write(2, b"\nstopping: evaluates and saves first; again to end at once\n")
+        with contextlib.suppress(OSError):  # Ctrl-C has ended `2>&1 | tee`, too
+            os.write(2, b"\nstopping after an evaluation; Ctrl-C again to quit now\n")
 
     if world == 1:  # several processes would stop at different steps
         signal.signal(signal.SIGINT, stop)
@@ -230,24 +230,23 @@ def main(argv=None):
     began = time.perf_counter()
     while True:
         # Evaluate and save, first the untrained model. (A resumed run has the row of its step.)
-        last = stopping or step == args.max_iters
+        last = stopping or step >= args.max_iters
         due = last or step % args.eval_interval == 0
         if due and not (log and log[-1]["step"] == step):
-            train_loss = mean_over_processes(loss_sum).item() / max(1, n_steps)  # waits for a GPU
+            loss_sum = mean_over_processes(loss_sum).item()  # waits for the GPU
             elapsed = time.perf_counter() - began
             seconds += elapsed
             val_loss = evaluate(model, val_x, val_y, local_batch, autocast)
             advice = "try a lower --learning_rate"
             require(math.isfinite(val_loss), f"the loss is {val_loss} at step {step:,}: {advice}")
 
-            row = {"step": step, "train_loss": None, "val_loss": val_loss, "learning_rate": None}
-            row |= {"tokens_per_second": None, "seconds": round(seconds, 1)}
-            line = f"val {val_loss:.3f}"
+            row = {"step": step, "val_loss": val_loss, "seconds": round(seconds, 1)}
+            line = f"step {step:,}: val {val_loss:.3f}"
             if n_steps > 0:
-                row["train_loss"] = train_loss
+                row["train_loss"] = loss_sum / n_steps
                 row["learning_rate"] = args.learning_rate * lr_scale(args, step - 1)
                 row["tokens_per_second"] = round(n_steps * tokens_per_step / elapsed)
-                line = f"train {train_loss:.3f}, {line}, {row['tokens_per_second']:,} tokens/s"
+                line += f", train {row['train_loss']:.3f}, {row['tokens_per_second']:,} tokens/s"
             log.append(row)
             improved = val_loss < best
             best = min(best, val_loss)
@@ -266,21 +265,18 @@ def main(argv=None):
                     "log": log,
                 }
                 save_run(out_dir, state, improved)
-                tqdm.write(
-                    f"step {step:,}: {line}"
-                )  # after saving: with `| tee` ended by Ctrl-C it fails
+                tqdm.write(line)  # after saving: it fails where Ctrl-C has ended `| tee`, too
                 sys.stdout.flush()
-            loss_sum.zero_()
-            n_steps = 0
+            loss_sum, n_steps = torch.zeros((), device=device), 0
             began = time.perf_counter()
         if last:
             break
 
-        # One step. Batches and dropout depend on the seed and the step alone: so a resumed run is
-        # the unbroken one.
+        # One step. Batches depend on the seed and the step alone, dropout also on the process. So a
+        # resumed run is the unbroken one.
         starts = data.random_starts(len(train_ids), args.n_ctx, shape, args.seed, step)
         x, y = data.windows(train_ids, args.n_ctx, starts[:, rank])
-        torch.manual_seed(hash((args.seed, step, rank)))
+        torch.manual_seed(hash((args.seed, step, rank)))  # of integers: the same everywhere
 
         for group in optimizer.param_groups:
             group["lr"] = group["peak_lr"] * lr_scale(args, step)
@@ -293,7 +289,7 @@ def main(argv=None):
         n_steps += 1
         step += 1
         bar.update()
-        if step % 10 == 0:  # not at each step: a GPU runs behind Python, which waits for it here
+        if step % 10 == 0:  # not at each step: .item() waits for the GPU
             bar.set_postfix_str(f"loss {loss.item():.3f}", refresh=False)
 
     bar.close()
@@ -301,13 +297,12 @@ def main(argv=None):
         del network  # it holds on to the process group
         dist.destroy_process_group()
     if rank == 0:
-        print(
-            f"{name}: best validation loss {best:.4f} nats per token, in {seconds:,.0f} s of steps"
-        )
+        print(f"{name}: best validation loss {best:.4f} nats per token")
+        print(f"{seconds:,.0f} s of training")
         if device.type == "cuda":
             print(f"peak memory {torch.cuda.max_memory_allocated(device) / 1e6:,.0f} MB")
         if step < args.max_iters:
-            print(f"stopped at step {step:,} and saved: the same command with --resume goes on")
+            print(f"stopped at step {step:,} and saved: --resume continues")
         print(f"next: python sample.py --out_dir {out_dir}")
     return 130 if step < args.max_iters else 0
 
@@ -348,13 +343,11 @@ def make_optimizer(model, args):
 
 
 def lr_scale(args, step):
-    """The learning rate at a step, over its peak: linear warm-up, then a cosine that ends at min_lr
-    at max_iters."""
+    """The learning rate at a step, over its peak: linear warm-up, then a cosine down to a tenth."""
     if step < args.warmup_iters:
         return (step + 1) / args.warmup_iters
     done = (step - args.warmup_iters) / max(1, args.max_iters - args.warmup_iters)
-    end = args.min_lr / args.learning_rate
-    return end + (1 - end) * 0.5 * (1 + math.cos(math.pi * done))
+    return 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * done))
 
 
 def add_gradients(network, x, y, autocast):
@@ -395,7 +388,7 @@ def mean_over_processes(x):
 def compile_parts(model):
     """torch.compile what repeats: the sublayers and the mixing. The loop over the depth stays
     Python: so 48 layers are never unrolled, and a changed `route` runs as it is."""
-    torch._dynamo.config.recompile_limit = 64  # attnres alone needs torch's own 8
+    torch._dynamo.config.recompile_limit = 64  # attnres exceeds the default of 8
     for name in ("mix", "merge", "details"):
         setattr(wav, name, torch.compile(getattr(wav, name)))
     for sublayer in model.sublayers:
@@ -403,7 +396,7 @@ def compile_parts(model):
 
 
 def save_run(out_dir, state, improved):
-    """Write the files of a run. A checkpoint takes its place when it is whole: whatever goes wrong
+    """Write the files of a run. A checkpoint is written aside and renamed when it is whole: a crash
     leaves the one before."""
     out_dir.mkdir(parents=True, exist_ok=True)
     for name in ["best.pt"] * improved + ["ckpt.pt"]:
@@ -420,16 +413,13 @@ def save_run(out_dir, state, improved):
         print(f"note: {error}: the next evaluation writes all of it", file=sys.stderr)
 
 
-def note_changed_code(code):
-    """Whether wav.py differs from the one that trained last; says so."""
-    changed = list(code.values())[-1] != CODE
-    if changed:
-        print("note: wav.py has changed since this run was made", file=sys.stderr)
-    return changed
+def note_changed_code(checkpoint):
+    if checkpoint["code"] != CODE:
+        print("note: wav.py or train.py has changed since this run began", file=sys.stderr)
 
 
 def run(main):
-    """Run a script's main. What a person can mend is one line; the rest keeps its traceback."""
+    """Run a script's main. What its user can mend is one line; the rest keeps its traceback."""
     sys.stdout.reconfigure(errors="replace")  # a narrow encoding, as in a pipe on Windows
     try:
         sys.exit(main())

@@ -111,26 +111,17 @@ def draw_results():
 
 
 def draw_map(out_dir):
-    """The mean weight of each source (a column) for each reader (a row), on the text on which
-    `sample.py --routing` computes it, too."""
+    """The map of `sample.py --routing` as a picture. A source that is yet to come is left white."""
     sys.path.insert(0, str(HERE.parent))
     import matplotlib.pyplot as plt
-    import torch
     from matplotlib.colors import PowerNorm
 
-    import data
-    from sample import find_checkpoint, load_checkpoint, name_of
+    from sample import find_checkpoint, load_checkpoint, mean_routing, name_of, validation_windows
 
     model, checkpoint = load_checkpoint(find_checkpoint(out_dir))
-    settings = checkpoint["settings"]
-    text = data.load(settings["dataset"], settings["data_dir"])
-    if text.checksum != checkpoint["text"]:
-        sys.exit(f"{settings['dataset']!r} is not this run's text")
-    starts = data.even_starts(len(text.val), model.config.n_ctx, 32)
-    x, _ = data.windows(torch.from_numpy(text.val), model.config.n_ctx, starts)
-    weights, names = model.routing(x)  # (2L+1, N, B, T)
-    percent = 100 * weights.mean((2, 3)).numpy()
-    percent[percent == 0] = np.nan  # this source is yet to come: left white
+    x, _ = validation_windows(model, checkpoint)
+    percent, names = mean_routing(model, x)  # (2L+1, N)
+    percent = percent.where(percent > 0, float("nan")).numpy()
     readers = [name_of(i, len(percent)) for i in range(len(percent))]
 
     plt.rcParams.update({"font.size": 14, "font.family": "sans-serif"})
