@@ -128,8 +128,11 @@ def download(url, folder, first=None):
             whole = reply.status == 200 and first is not None
             require(not whole, "the server sends the whole file instead of the part asked for")
             size = int(reply.headers["Content-Length"])
-            with tqdm.wrapattr(open(part, "wb"), "write", total=size, desc=path.name) as file:
-                shutil.copyfileobj(reply, file)
+            with (
+                open(part, "wb") as file,
+                tqdm.wrapattr(file, "write", total=size, desc=path.name) as counted,
+            ):
+                shutil.copyfileobj(reply, counted)
         require(part.stat().st_size == size, "it ended early: try again")
         os.replace(part, path)
     except (Refused, OSError) as error:

@@ -46,8 +46,9 @@ def rms(x):
     return x.square().mean(-1, keepdim=True).sqrt()
 
 
-def literal(model, ids):
-    """Logits (B, T, V), and the weights of each mixture, {name of the source: (B, T)}."""
+def literal(model, ids, hidden=None):
+    """Logits (B, T, V), and the weights of each mixture, {name of the source: (B, T)}. hidden: a kind
+    of source that nothing reads that has another."""
     config = model.config
     x = model.embed(ids)
     updates = []
@@ -63,6 +64,8 @@ def literal(model, ids):
                 c = 0.0
                 if kind in DETAILS[config.residual]:
                     c = model.detail_bias[l - 1, DETAILS[config.residual].index(kind)]
+                if kind == hidden:
+                    c = -1e4
                 logits.append((s / rms(s)) @ model.query[l - 1] + c)
             a = torch.stack(logits).softmax(0)
             h = sum(a_s[..., None] * s for a_s, s in zip(a, sources.values()))  # (2)

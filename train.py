@@ -127,7 +127,8 @@ def read_settings(argv):
         require(args.overwrite or not path.exists(), held)
     args.out_dir = out_dir
 
-    for name in ("batch_size", "grad_accum", "max_iters", "eval_interval", "eval_windows"):
+    counts = ("batch_size", "grad_accum", "max_iters", "eval_interval", "eval_windows", "n_ctx")
+    for name in counts:
         require(getattr(args, name) >= 1, f"{name}={getattr(args, name)} must be at least 1")
     for name in ("learning_rate", "warmup_iters", "weight_decay", "grad_clip", "seed"):
         require(getattr(args, name) >= 0, f"{name}={getattr(args, name)} must not be negative")
@@ -422,7 +423,9 @@ def run(main):
     """Run a script's main. What its user can mend is one line; the rest keeps its traceback."""
     sys.stdout.reconfigure(errors="replace")  # a narrow encoding, as in a pipe on Windows
     try:
-        sys.exit(main())
+        status = main()
+        sys.stdout.flush()
+        sys.exit(status)
     except (KeyboardInterrupt, BrokenPipeError):  # Ctrl-C, | head
         os._exit(130)
     except (Refused, OSError) as error:
