@@ -234,7 +234,8 @@ def mix(sources, inv_rms, queries, biases=None):
 
     Under bf16 autocast the two products of matrices are bf16, all else is fp32.
     """
-    logits = (sources @ queries.T) * inv_rms  # q . RMSNorm(s) = (q . s) / rms(s): (N, B, T, Q)
+    # q . RMSNorm(s) = (q . s) / rms(s)
+    logits = (sources @ queries.T) * inv_rms  # (N, B, T, Q)
     if biases is not None:
         logits = logits + biases.T[:, None, None]
     if len(sources) == 1:  # nothing to choose: its weight is 1
