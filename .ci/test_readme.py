@@ -49,11 +49,20 @@ def as_shown(other, layers):
 
 
 def test_fixed_weights():
-    pattern = r"at 48 layers, by ([\d.]+) \(three seeds\), but so does `block_attnres`, by ([\d.]+\d)"
-    (shown,) = re.findall(pattern, README)
-    for lead_shown, variant in zip(shown, ("fixed_wav", "fixed_block_attnres")):
-        leads = lead(losses(variant, 48), losses("standard", 48))
-        assert (lead_shown, len(leads)) == (f"{interval(leads)[0]:.3f}", 3)
+    pattern = r"it loses ([\d.]+) at 48 layers, but gains ([\d.]+) at 12 \(three seeds each\)"
+    ((lost, gained),) = re.findall(pattern, README)
+    lead_48 = lead(losses("wav", 48), losses("fixed_wav", 48))
+    lead_12 = lead(losses("fixed_wav", 12), losses("wav", 12))
+    assert (lost, len(lead_48)) == (f"{interval(lead_48)[0]:.3f}", 3)
+    assert (gained, len(lead_12)) == (f"{interval(lead_12)[0]:.3f}", 3)
+
+
+def test_leads_in_percent_of_the_loss():
+    percent = re.search(r"([\d.]+)% of the loss at 12 layers, ([\d.]+)% at 48", README).groups()
+    for shown, layers in zip(percent, (12, 48)):
+        other = losses("block_attnres", layers)
+        mean, _ = interval(lead(losses("wav", layers), other))
+        assert shown == f"{100 * mean / (sum(other.values()) / len(other)):.1f}"
 
 
 def test_no_interval_stands_in_readme_that_is_not_recomputed_here():
