@@ -15,10 +15,10 @@ text. The vectors that a sublayer can choose from are called its *sources*. It r
 
 where s runs over its sources and q_l is a learned vector, its *query*. The output head reads such a
 mixture, too, with its own query q_{2L+1}. As keys, sources are normalized, so that none is
-preferred for being large. As values they are not, so that a mixture with equal weights is (1),
+preferred for being large. As values they are not, so that a plain mean of x_0 and updates is (1),
 up to a factor. The bias c is 0 except for details, which come below.
 
-Three variants work like this. We call them routed. They differ in their sources. In two of them,
+Three variants work like this, the *routed* ones. They differ only in their sources. In two of them,
 consecutive layers form *blocks*: the block that sublayer l belongs to is *running*, the blocks
 before it are *finished*.
 
@@ -30,30 +30,33 @@ before it are *finished*.
                     phase = attention updates minus MLP updates
                     split = updates of the first half minus those of the second half
 
-The sum shows a block at a coarse resolution; the details add a finer one: how the sum came about.
-For example, in blocks of two layers, the attention of layer 9 reads 13 sources: x_0 and the sum,
-phase and split of four finished blocks. The MLP of layer 9 also reads the sum so far of the fifth.
+The sum shows a block at a coarse resolution, the details show it at a finer one: what made up the
+sum. For example, in blocks of two layers (the default at 12 layers), the attention of layer 9 reads
+13 sources: x_0 and the sum, phase and split of four finished blocks. The MLP of layer 9 also reads
+the sum so far of the fifth.
 
-As a value, a detail much smaller than its block's sum would hardly be heard, however well its key
-fits. So it is scaled to the size of the sum, which differs from token to token. The source is
+As a value, a detail much smaller than its block's sum would add almost nothing, whatever its
+weight. So it is scaled to the size of the sum. The source is
 
     g detail,    g = rms(sum) / rms(detail), at most 1000, without gradient                (6)
 
-(A gradient through g would let whoever reads a detail train the size of the sum.) Each query has
-one learned bias c per kind of detail, the same for all blocks. It starts at -2 by default, so a
-detail starts with e^-2 = 0.14 times the weight of a sum. Queries start at zero, so without details
-every mixture starts as a plain mean: (1) divided by the number of sources. Every sublayer, and the
-head, normalizes what it reads, and this factor drops out: attnres and block_attnres start as the
-standard network, which is known to train well. wav only starts near it: as soon as a block has
-finished, details have 8 to 21 % of the weight in each mixture.
+for each token on its own, so that nothing leaks from later tokens; at most 1000, so that rounding
+errors stay small; and without gradient, or else reading a detail would train the size of the sum.
+
+Each query has one learned bias c per kind of detail, the same for all blocks. It starts at -2 by
+default, so a detail starts with e^-2 = 0.14 times the weight of a sum. Queries start at zero, so
+without details every mixture starts as a plain mean: (1) divided by the number of sources. Every
+sublayer, and the head, normalizes what it reads, and this factor drops out: attnres and
+block_attnres start as the standard network, which is known to train well. wav only starts near it:
+as soon as a block has finished, details have 8 to 21 % of the weight in each mixture.
 
 Shapes: B batch, T time, D width, H heads, V vocabulary, S sublayers in a block, N sources,
 Q queries, K kinds of detail.
 
 References
-    WAV v1                    https://arxiv.org/abs/2606.06564v1: (5), detached matching (6), a
-                              negative start. That it is a bias of -2, per token in (6), and
-                              the limit of 1000 are ours.
+    WAV v1                    https://arxiv.org/abs/2606.06564v1: (5), (6) without gradient, a
+                              negative start. Ours: that this is a bias of -2, and in (6)
+                              each token on its own and the limit.
     Attention Residuals       https://arxiv.org/abs/2603.15031: (2) to (4), queries at zero
     RoPE, RMSNorm, SwiGLU     https://arxiv.org/abs/2104.09864, 1910.07467, 2002.05202
 """
@@ -99,9 +102,9 @@ class GPTConfig:
     n_head: int = 4
     n_embd: int = 128
     residual: str = "wav"
-    # If this does not divide n_layer, the last block is shorter. It never finishes and is only read
-    # as the sum so far. In attnres, where every update is a source, this changes only the speed.
-    # None: an even number, so that split cuts between two layers; 6 to 10 blocks from 12 layers on
+    # If layers_per_block does not divide n_layer, the last block is shorter: it never finishes and is
+    # only read as the sum so far. In attnres, where every update is a source, it changes only the
+    # speed. None: about n_layer / 8, and even, so that split cuts between two layers.
     layers_per_block: int | None = None
     detail_bias: float = -2.0
     dropout: float = 0.0
@@ -109,19 +112,17 @@ class GPTConfig:
     @property
     def S(self):
         """Sublayers in a block."""
-        if self.layers_per_block is None:
-            return 4 * max(1, round(self.n_layer / 16))
-        return 2 * self.layers_per_block
+        return 2 * (self.layers_per_block or 2 * max(1, round(self.n_layer / 16)))
 
     def signs(self):
-        """The signs of the details, K rows of S."""
+        """The signs of the details, K rows of S, if they are of use."""
         kinds = DETAILS.get(self.residual, ())
         rows = [[SIGNS[kind](j, self.S) for j in range(self.S)] for kind in kinds]
-        blocks = f"layers_per_block={self.S // 2}"
-        require(not rows or self.S <= 2 * self.n_layer, f"{blocks} exceeds n_layer={self.n_layer}")
+        length = f"layers_per_block={self.S // 2}"
+        require(not rows or self.S <= 2 * self.n_layer, f"{length} exceeds n_layer={self.n_layer}")
         for kind, row in zip(kinds, rows):
             require(sum(row) == 0, f"the signs of {kind} must add up to 0, not {sum(row)}: {row}")
-            require(rows.count(row) == 1, f"{blocks} makes two of {kinds} the same: use more")
+            require(rows.count(row) == 1, f"{length} makes two of {kinds} the same: use more")
         return rows
 
     def __post_init__(self):
@@ -137,7 +138,7 @@ class GPTConfig:
             f"n_embd={self.n_embd} must be a multiple of 2 * n_head={2 * self.n_head}, for RoPE",
         )
         require(0 <= self.dropout < 1, f"dropout={self.dropout} must be from 0 to below 1")
-        self.signs()
+        self.signs()  # for its checks
 
 
 # ----------------------------------------------------------------------------------------------
@@ -148,8 +149,9 @@ def rms(x):
     """Root mean square over the last dimension, (..., D) -> (..., 1), in fp32 or better."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=dtype)
-    # Only a vector of zeros needs this floor, and no sublayer returns one. The usual eps of 1e-6
-    # under the root would distort: with 97 sources (attnres, 48 layers) mean squares start at 1e-7.
+    # Only zeros need this floor: a detail may be zero, if hardly the update of a sublayer. The usual
+    # eps of 1e-6 under the root would distort: with 97 sources (attnres, 48 layers of width 128)
+    # mean squares start at 1e-7.
     return (norm / x.size(-1) ** 0.5).clamp_min(1e-12)
 
 
@@ -181,7 +183,7 @@ class Attention(nn.Module):
 
     def forward(self, h, cache=None):
         B, T, D = h.shape
-        kv = cache.get(self) if cache else None  # keys and values of earlier calls
+        kv = None if cache is None else cache.get(self)  # keys and values of earlier calls
         past = kv[0].size(2) if kv else 0
         require(past + T <= len(self.cos), f"{past + T} positions exceed n_ctx={len(self.cos)}")
         require(
@@ -238,7 +240,7 @@ def mix(sources, inv_rms, queries, biases=None):
     logits = (sources @ queries.T) * inv_rms  # (N, B, T, Q)
     if biases is not None:
         logits = logits + biases.T[:, None, None]
-    if len(sources) == 1:  # nothing to choose: its weight is 1
+    if len(sources) == 1:  # as always for the sum so far: nothing to choose, its weight is 1
         ones = torch.ones_like(logits)
         return [sources[0]] * len(queries), logits[0].unbind(-1), ones.unbind(-1)
     lse = logits.logsumexp(0)  # (B, T, Q)
@@ -260,8 +262,8 @@ def merge(h, lse, weights, running, query):
 
         (Z h + Z_run h_run) / (Z + Z_run) = h_run + sigmoid(lse - lse_run) (h - h_run)     (7)
 
-    since Z / (Z + Z_run) = 1 / (1 + exp(lse_run - lse)), which is that sigmoid. To replace the
-    softmax, replace all three: the one in `mix`, the weight 1 of a single source there, and (7).
+    since sigmoid(x) = 1 / (1 + exp(-x)). To replace the softmax, replace it in `mix`, with the
+    weight 1 of a single source there, and all of the code below.
     """
     (h_run,), (lse_run,), (weights_run,) = mix(running, 1 / rms(running), query[None])
     share = torch.sigmoid(lse - lse_run)  # Z / (Z + Z_run)
@@ -270,8 +272,8 @@ def merge(h, lse, weights, running, query):
 
 
 def details(signs, updates, total):
-    """The details (K, B, T, D) of a finished block, from signs (K, S), its updates (S, B, T, D) and
-    their sum, total (B, T, D)."""
+    """The scaled details (K, B, T, D) of a finished block, from signs (K, S), updates (S, B, T, D)
+    and their sum, total (B, T, D)."""
     with torch.autocast(total.device.type, enabled=False):  # bf16 is too coarse for differences
         d = torch.tensordot(signs, updates, 1)  # (5)
     # Where all updates are alike, d is nothing but rounding errors, which must not grow to the size
@@ -342,11 +344,10 @@ class GPT(nn.Module):
         If table is a list, the weights of each mixture, (N, B, T), are appended to it.
         """
         S, residual = self.config.S, self.config.residual
-        finished = x[None]  # the sources (N, B, T, D), at first x_0 alone,
-        inv_rms = 1 / rms(finished)  # (N, B, T, 1),
-        c = self.query.new_zeros(len(self.query), 1)  # and their biases, for each query (2L+1, N)
-        # A block at a time. The output's query follows the last sublayer's: in a short last block,
-        # or else alone.
+        finished = x[None]  # the sources (N, B, T, D): at first x_0
+        inv_rms = 1 / rms(finished)  # (N, B, T, 1)
+        c = self.query.new_zeros(len(self.query), 1)  # their biases (2L+1, N)
+        # One block per pass. The output's query joins a short last block or gets its own pass.
         for first in range(0, len(self.query), S):
             queries = self.query[first : first + S]
             hs, lses, weights = mix(finished, inv_rms, queries, c[first : first + S])
@@ -357,16 +358,17 @@ class GPT(nn.Module):
                 if table is not None:
                     table.append(a)
                 if i == len(self.sublayers):
-                    return h  # every call ends here
+                    return h
                 u = self.sublayers[i](h, cache).to(x.dtype)  # autocast may have made it bf16
                 updates.append(u)
                 if residual == "attnres":
                     running = torch.stack(updates)  # (3)
                 else:
                     running = u[None] if running is None else running + u  # (4)
-            # The block has finished. What was running stays a source; wav's details join.
+            # The block has finished. Only now its details are complete: of fewer updates than S
+            # their signs would not add up to zero.
             offered = [running]
-            c = F.pad(c, (0, len(running)))  # bias 0
+            c = F.pad(c, (0, len(running)))  # no bias
             if DETAILS[residual]:
                 offered.append(details(self.signs, torch.stack(updates), running[0]))
                 c = torch.cat([c, self.detail_bias], dim=1)
@@ -398,14 +400,14 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def routing(self, idx):
-        """The weights of all mixtures on ids (B, T), as (2L+1, N, B, T), 0 for a source that is yet
-        to come, and the names of the N sources. "sum b" is the sum so far while block b is running.
-        Call eval() first."""
+        """The weights of all mixtures on ids (B, T), as (2L+1, N, B, T), and the names of the N
+        sources. Row l-1 is sublayer l, the last row the output. A source that is yet to come has
+        weight 0; "sum b" is the sum so far while block b is running. Call eval() first."""
         residual = self.config.residual
         require(residual in DETAILS, f"{residual} has no mixing weights to show")
         table = []
         self.route(self.embed(idx), table=table)
         N = len(table[-1])  # the output reads the most
         kinds = ("update",) if residual == "attnres" else ("sum", *DETAILS[residual])
-        names = ["x0", *(f"{kind} {i + 1}" for i in range(N) for kind in kinds)]  # more than enough
+        names = ["x0", *(f"{kind} {i + 1}" for i in range(N) for kind in kinds)]
         return nn.utils.rnn.pad_sequence(table, batch_first=True), names[:N]  # pads with 0
