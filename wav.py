@@ -102,8 +102,8 @@ class GPTConfig:
     n_head: int = 4
     n_embd: int = 128
     residual: str = "wav"
-    # If layers_per_block does not divide n_layer, the last block is shorter: it never finishes and is
-    # only read as the sum so far. In attnres, where every update is a source, it changes only the
+    # If layers_per_block does not divide n_layer, the last block is shorter. It never finishes, and
+    # only its sum so far is read. In attnres, where every update is a source, it changes only the
     # speed. None: about n_layer / 8, and even, so that split cuts between two layers.
     layers_per_block: int | None = None
     detail_bias: float = -2.0
@@ -149,7 +149,7 @@ def rms(x):
     """Root mean square over the last dimension, (..., D) -> (..., 1), in fp32 or better."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=dtype)
-    # Only zeros need this floor: a detail may be zero, if hardly the update of a sublayer. The usual
+    # Only zeros need this floor: a detail may be zero, an update hardly ever. The usual
     # eps of 1e-6 under the root would distort: with 97 sources (attnres, 48 layers of width 128)
     # mean squares start at 1e-7.
     return (norm / x.size(-1) ** 0.5).clamp_min(1e-12)
