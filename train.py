@@ -46,6 +46,8 @@ MAY_CHANGE = (
     *("max_iters", "eval_interval", "batch_size", "grad_accum"),
 )
 
+HELD = "{} has a run already: use --resume, --overwrite or another --out_dir"
+
 # Read at start: the files may be edited while a run goes on.
 CODE = "".join(Path(path).read_text("utf-8") for path in (wav.__file__, __file__))
 
@@ -123,8 +125,7 @@ def read_settings(argv):
         done = checkpoint["step"]
         require(done < args.max_iters, f"this run has done {done:,} steps: raise --max_iters")
     else:
-        held = f"{out_dir} has a run already: use --resume, --overwrite or another --out_dir"
-        require(args.overwrite or not path.exists(), held)
+        require(args.overwrite or not path.exists(), HELD.format(out_dir))
     args.out_dir = out_dir
 
     counts = ("batch_size", "grad_accum", "max_iters", "eval_interval", "eval_windows", "n_ctx")
@@ -252,6 +253,8 @@ def main(argv=None):
             improved = val_loss < best
             best = min(best, val_loss)
             if rank == 0:
+                if step == 0 and not args.overwrite:  # again: another run may have begun here, too
+                    require(not (out_dir / "ckpt.pt").exists(), HELD.format(out_dir))
                 state = {
                     "settings": vars(args),
                     "config": asdict(config),
@@ -402,7 +405,8 @@ def save_run(out_dir, state, improved):
     out_dir.mkdir(parents=True, exist_ok=True)
     for name in ["best.pt"] * improved + ["ckpt.pt"]:
         part = out_dir / f"{name}.part"
-        torch.save(state, part)
+        with open(part, "wb") as file:
+            torch.save(state, file)
         os.replace(part, out_dir / name)
     (out_dir / "settings.json").write_text(json.dumps(state["settings"], indent=1))
     try:
@@ -421,7 +425,8 @@ def note_changed_code(checkpoint):
 
 def run(main):
     """Run a script's main. What its user can mend is one line; the rest keeps its traceback."""
-    sys.stdout.reconfigure(errors="replace")  # a narrow encoding, as in a pipe on Windows
+    with contextlib.suppress(AttributeError):  # as in IDLE
+        sys.stdout.reconfigure(errors="replace")  # a narrow encoding, as in a pipe on Windows
     try:
         status = main()
         sys.stdout.flush()

@@ -338,19 +338,33 @@ def test_a_run_that_is_nan_from_the_start_leaves_nothing_and_replaces_nothing():
 
 @pytest.mark.parametrize("name", ["best.pt", "ckpt.pt"])
 def test_a_crash_while_a_checkpoint_is_written_leaves_the_one_before(monkeypatch, name):
-    def crash(state, path):
-        save(state, path)
-        if state["step"] == 4 and name in str(path):
-            Path(path).write_bytes(b"half")
-            raise OSError("No space left on device")
+    def crash(state, file):
+        if state["step"] == 4 and name in file.name:
+            file.write(b"half")
+            raise RuntimeError("No space left on device")  # so torch.save says it
+        save(state, file)
 
     save = torch.save
     with monkeypatch.context() as patch:
         patch.setattr(torch, "save", crash)
-        assert said(train, TINY, status=2)[1] == "error: No space left on device\n"
+        with pytest.raises(RuntimeError, match="No space left"):
+            go(TINY)
     assert read()["step"] == 2
     read("run/best.pt")
     assert go(RESUME) == 0
+
+
+def test_of_two_runs_that_begin_in_one_folder_the_second_is_refused(monkeypatch):
+    def late(*args):
+        if not Path("run").exists():
+            Path("run").mkdir()
+            Path("run/ckpt.pt").write_text("another run's")
+        return evaluate(*args)
+
+    evaluate = train.evaluate
+    monkeypatch.setattr(train, "evaluate", late)
+    assert "run has a run already" in said(train, TINY, status=2)[1]
+    assert Path("run/ckpt.pt").read_text() == "another run's"
 
 
 def test_a_log_that_another_program_holds_open_does_not_end_the_run(monkeypatch):
