@@ -134,7 +134,7 @@ def print_map(weights, names):
 
 @torch.no_grad()
 def loss_without(hidden, kinds, model, x, y):
-    """The loss with a kind of source hidden (None: none): its logits are lowered by 10,000. kinds are
+    """The loss with a kind of source hidden (None: none), its logits lowered by 10,000. kinds are
     those of all sources, in order."""
     mix = wav.mix
 

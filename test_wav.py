@@ -1,6 +1,6 @@
 """
 What wav.py promises. `literal` states the method once more, as the equations stand: slow, and easy
-to believe.
+to believe. After an edit of the method, repeat it in `literal`; what stays red is what you gave up.
 
     pytest test_wav.py
 """
@@ -47,8 +47,8 @@ def rms(x):
 
 
 def literal(model, ids, hidden=None):
-    """Logits (B, T, V), and the weights of each mixture, {name of the source: (B, T)}. hidden: a kind
-    of source that nothing reads that has another."""
+    """Logits (B, T, V), and the weights of each mixture, {name of a source: (B, T)}. A hidden kind of
+    source is read only where there is no other."""
     config = model.config
     x = model.embed(ids)
     updates = []

@@ -118,7 +118,8 @@ def read_settings(argv):
         before = checkpoint["settings"]
         parser.set_defaults(**before)
         args = parser.parse_args(argv)
-        changed = [k for k in before if k not in MAY_CHANGE and getattr(args, k, None) != before[k]]
+        now = vars(args)
+        changed = [k for k in now if k not in MAY_CHANGE and now[k] != before.get(k)]
         if args.batch_size * args.grad_accum != before["batch_size"] * before["grad_accum"]:
             changed.append("batch_size * grad_accum")
         require(not changed, f"--resume cannot change {changed}: start another run with --out_dir")

@@ -301,6 +301,7 @@ class GPT(nn.Module):
         self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.init_weights()
 
+        # What a variant adds comes last, so that all variants start from the same numbers.
         if config.residual in DETAILS:
             n_query = 2 * config.n_layer + 1
             self.query = nn.Parameter(torch.zeros(n_query, config.n_embd))
@@ -367,7 +368,7 @@ class GPT(nn.Module):
                     running = u[None] if running is None else running + u  # (4)
             # The block has finished. Only now its details are complete: of fewer updates than S
             # their signs would not add up to zero.
-            offered = [running]
+            offered = [running]  # `routing` names them in this order
             c = F.pad(c, (0, len(running)))  # no bias
             if DETAILS[residual]:
                 offered.append(details(self.signs, torch.stack(updates), running[0]))
