@@ -27,6 +27,11 @@ BLOCKS = {12: 6, 48: 8}  # how many blocks, unless others are asked for
 T975 = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179]
 T975 += [2.160, 2.145, 2.131]
 
+# A gray that can be read on a light and on a dark page, which show through.
+STYLE = {"font.family": "sans-serif", "savefig.transparent": True}
+STYLE |= dict.fromkeys(["text.color", "axes.labelcolor", "axes.edgecolor"], "#7d8590")
+STYLE |= dict.fromkeys(["xtick.color", "ytick.color"], "#7d8590")
+
 
 def runs():
     """The rows of results.csv, with numbers as numbers, and None for a number that is missing."""
@@ -72,14 +77,14 @@ def draw_results():
     """WAV's leads with their intervals. Texts, too, are placed in the units of the data."""
     import matplotlib.pyplot as plt
 
-    plt.rcParams.update({"font.size": 16, "font.family": "sans-serif"})
+    plt.rcParams.update({"font.size": 16, **STYLE})
     figure = plt.figure(figsize=(8, 6.8))
     ax = figure.add_axes((0.3, 0.12, 0.56, 0.76))
     ax.set(xlim=(-0.041, 0.035), xticks=[-0.02, 0, 0.02], ylim=(10, -0.5), yticks=[])
     ax.set_xlabel("WAV's lead, nats per character")
     ax.spines[["left", "right", "top"]].set_visible(False)
     ax.axvline(0, color="gray", lw=1.5, zorder=0)
-    ax.text(0, -1.5, "no difference", ha="center", color="dimgray")
+    ax.text(0, -1.5, "no difference", ha="center")
     ax.text(0.002, -0.7, "WAV better →", weight="bold")
     ax.text(-0.002, -0.7, "← the other better", weight="bold", ha="right")
 
@@ -109,7 +114,7 @@ def draw_results():
 
 
 def draw_map(out_dir):
-    """The map of `sample.py --routing` as a picture. A source that is yet to come is left white."""
+    """The map of `sample.py --routing` as a picture. A source that is yet to come is left blank."""
     sys.path.insert(0, str(HERE.parent))
     import matplotlib.pyplot as plt
     from matplotlib.colors import PowerNorm
@@ -122,7 +127,7 @@ def draw_map(out_dir):
     percent = percent.where(percent > 0, float("nan")).numpy()
     readers = [name_of(i, len(percent)) for i in range(len(percent))]
 
-    plt.rcParams.update({"font.size": 14, "font.family": "sans-serif"})
+    plt.rcParams.update({"font.size": 14, **STYLE})
     figure, ax = plt.subplots(figsize=(8, 8.4), layout="constrained")
     figure.get_layout_engine().set(w_pad=0.1, h_pad=0.1)
     # The colour goes with the square root of the weight, so that small weights differ, too.
