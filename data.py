@@ -5,7 +5,7 @@ Text to token ids, and ids to batches. A token is a character.
     tinystories   the first 100 MB of TinyStories and its validation stories, from Hugging Face
     text8         Wikipedia as a-z and space, from mattmahoney.net: 90M / 5M of its characters
     a path        a UTF-8 text file; its last tenth is the validation text, or, for stories.txt,
-                  the whole of stories_valid.txt if that lies beside it
+                  the whole of stories_valid.txt if that is next to it
 """
 
 import hashlib
@@ -57,7 +57,7 @@ class Text(NamedTuple):
     val: np.ndarray
     vocab: list
     checksum: str  # of the three above: a run and its text belong together
-    copied: int  # percent of the validation text that stands in the training text, too
+    copied: int  # percent of the validation text that is also in the training text
 
 
 def load(dataset, data_dir="data"):
@@ -69,7 +69,7 @@ def load(dataset, data_dir="data"):
         train, val = train.astype(np.uint8), val.astype(np.uint8)
     checksum = hashlib.sha256(repr((vocab, len(train))).encode() + train.tobytes() + val.tobytes())
     starts = even_starts(len(val_text), 100, 100) if len(val_text) > 100 else []
-    copied = sum(val_text[i : i + 100] in train_text for i in starts)  # measures memory
+    copied = sum(val_text[i : i + 100] in train_text for i in starts)  # a model may memorize it
     return Text(train, val, vocab, checksum.hexdigest(), copied)
 
 

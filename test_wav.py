@@ -47,8 +47,8 @@ def rms(x):
 
 
 def literal(model, ids, hidden=None):
-    """Logits (B, T, V), and the weights of each mixture, {name of a source: (B, T)}. A hidden kind of
-    source is read only where there is no other."""
+    """Logits (B, T, V), and the weights of each mixture, {name of a source: (B, T)}. A hidden kind
+    is read only where there is no other."""
     config = model.config
     x = model.embed(ids)
     updates = []

@@ -3,15 +3,16 @@ Train a model on text.
 
     python train.py                                            # Python's own help texts
     python train.py --dataset stories.txt --residual standard  # your own text, another variant
-    python train.py --resume                                   # go on where a run stopped
+    python train.py --resume                                   # continue a stopped run
     torchrun --nproc_per_node=4 train.py --batch_size 64       # four GPUs
 
 A run has a folder, out/DATASET-RESIDUAL-LAYERSxWIDTH unless --out_dir names another. It is written
 at every evaluation, and only then. Ctrl-C evaluates, writes and ends (not under torchrun).
 
-    ckpt.pt          the last state, from which --resume goes on
+    ckpt.pt          the last state, for --resume
     best.pt          the state with the lowest validation loss, which sample.py takes
-    log.csv          a row for each evaluation; train_loss is the mean since the row before
+    log.csv          a row for each evaluation; train_loss is the mean since the row before,
+                     seconds are those of training steps alone
     settings.json    all settings
 
 The last losses of all runs: tail -n1 out/*/log.csv
@@ -39,8 +40,8 @@ import data
 import wav
 from wav import GPT, RESIDUALS, GPTConfig, Refused, require
 
-# --resume may change these, batch_size and grad_accum only if their product stays: then a step
-# reads the same windows. All other settings make a run what it is.
+# --resume may change these: batch_size and grad_accum only if their product stays, so that a step
+# reads the same windows; max_iters changes the learning rate from there on. The rest is fixed.
 MAY_CHANGE = (
     *("dataset", "data_dir", "out_dir", "resume", "overwrite", "device", "compile"),
     *("max_iters", "eval_interval", "batch_size", "grad_accum"),
@@ -49,7 +50,7 @@ MAY_CHANGE = (
 HELD = "{} has a run already: use --resume, --overwrite or another --out_dir"
 
 # Read at start: the files may be edited while a run goes on.
-CODE = "".join(Path(path).read_text("utf-8") for path in (wav.__file__, __file__))
+CODE = "".join(Path(path).read_text("utf-8") for path in (wav.__file__, data.__file__, __file__))
 
 
 def make_parser():
@@ -73,7 +74,7 @@ def make_parser():
     add("--n_head", type=int, default=4, help="attention heads")
     add("--n_embd", type=int, default=128, help="width of the residual stream")
     add("--n_ctx", type=int, default=128, help="context, in tokens")
-    add("--layers_per_block", type=int, help="None: an even number that makes about 8 blocks")
+    add("--layers_per_block", type=int, help="None: about n_layer / 8, and even")
     add("--detail_bias", type=float, default=-2.0, help="initial bias of wav's details")
     add("--dropout", type=float, default=0.0, help="dropout probability")
     # The optimisation
@@ -96,7 +97,7 @@ def make_parser():
     # The machine
     add("--device", default="auto", help="auto, cpu, mps, cuda or cuda:N")
     dtypes = ("auto", "float32", "bfloat16")
-    add("--dtype", default="auto", choices=dtypes, help="auto: bfloat16 on GPUs that support it")
+    add("--dtype", default="auto", choices=dtypes, help="auto: bfloat16 on CUDA GPUs that have it")
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile; None: on CUDA")
     return parser
 
@@ -146,7 +147,7 @@ def main(argv=None):
     world = int(os.environ.get("WORLD_SIZE", "1"))
     for name in ("batch_size", "eval_windows"):
         n = getattr(args, name)
-        require(n % world == 0, f"{name}={n} must be a multiple of {world}, the processes")
+        require(n % world == 0, f"{name}={n} must be a multiple of the {world} processes")
     local_batch = args.batch_size // world
     device = pick_device(args.device, local_rank)
     if world > 1:
@@ -171,7 +172,7 @@ def main(argv=None):
     for group in optimizer.param_groups:
         group["peak_lr"] = group["lr"]  # a group may have a rate of its own
 
-    # Precision: products in bf16 on a GPU that has it in hardware, all else in fp32
+    # Precision: autocast to bf16 on CUDA GPUs that have it in hardware; weights stay fp32
     if args.dtype == "auto":
         bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         args.dtype = "bfloat16" if bf16 else "float32"
@@ -200,11 +201,12 @@ def main(argv=None):
         print(f"{args.dtype} on {device}, {tokens_per_step:,} tokens a step")
         print(f"writing to {out_dir}/", flush=True)
 
+    shape = (args.grad_accum, world, local_batch)
+
     # torch.compile, by default on CUDA with Triton (which Windows lacks)
     use_compile = args.compile
     if use_compile is None:
         use_compile = device.type == "cuda" and importlib.util.find_spec("triton") is not None
-    shape = (args.grad_accum, world, local_batch)
     if use_compile:
         if rank == 0:
             print("compiling, which takes a minute or more...", flush=True)
@@ -222,7 +224,7 @@ def main(argv=None):
         nonlocal stopping
         stopping = True
         signal.signal(number, signal.SIG_DFL)
-        with contextlib.suppress(OSError):  # Ctrl-C has ended `2>&1 | tee`, too
+        with contextlib.suppress(OSError):  # Ctrl-C also ends `2>&1 | tee`
             os.write(2, b"\nstopping after an evaluation; Ctrl-C again to quit now\n")
 
     if world == 1:  # several processes would stop at different steps
@@ -236,25 +238,27 @@ def main(argv=None):
         last = stopping or step >= args.max_iters
         due = last or step % args.eval_interval == 0
         if due and not (log and log[-1]["step"] == step):
-            loss_sum = mean_over_processes(loss_sum).item()  # waits for the GPU
+            train_loss = mean_over_processes(loss_sum).item() / max(1, n_steps)  # waits for the GPU
             elapsed = time.perf_counter() - began
             seconds += elapsed
             val_loss = evaluate(model, val_x, val_y, local_batch, autocast)
-            advice = "try a lower --learning_rate"
-            require(math.isfinite(val_loss), f"the loss is {val_loss} at step {step:,}: {advice}")
+            require(
+                math.isfinite(val_loss),
+                f"the loss is {val_loss} at step {step:,}: try a lower --learning_rate",
+            )
 
             row = {"step": step, "val_loss": val_loss, "seconds": round(seconds, 1)}
             line = f"step {step:,}: val {val_loss:.3f}"
             if n_steps > 0:
-                row["train_loss"] = loss_sum / n_steps
+                row["train_loss"] = train_loss
                 row["learning_rate"] = args.learning_rate * lr_scale(args, step - 1)
                 row["tokens_per_second"] = round(n_steps * tokens_per_step / elapsed)
-                line += f", train {row['train_loss']:.3f}, {row['tokens_per_second']:,} tokens/s"
+                line += f", train {train_loss:.3f}, {row['tokens_per_second']:,} tokens/s"
             log.append(row)
             improved = val_loss < best
             best = min(best, val_loss)
             if rank == 0:
-                if step == 0 and not args.overwrite:  # again: another run may have begun here, too
+                if step == 0 and not args.overwrite:  # another run may have saved here meanwhile
                     require(not (out_dir / "ckpt.pt").exists(), HELD.format(out_dir))
                 state = {
                     "settings": vars(args),
@@ -270,7 +274,7 @@ def main(argv=None):
                     "log": log,
                 }
                 save_run(out_dir, state, improved)
-                tqdm.write(line)  # after saving: it fails where Ctrl-C has ended `| tee`, too
+                tqdm.write(line)  # after saving: it fails if Ctrl-C has ended `| tee`
                 sys.stdout.flush()
             loss_sum, n_steps = torch.zeros((), device=device), 0
             began = time.perf_counter()
@@ -281,7 +285,7 @@ def main(argv=None):
         # resumed run is the unbroken one.
         starts = data.random_starts(len(train_ids), args.n_ctx, shape, args.seed, step)
         x, y = data.windows(train_ids, args.n_ctx, starts[:, rank])
-        torch.manual_seed(hash((args.seed, step, rank)))  # of integers: the same everywhere
+        torch.manual_seed(hash((args.seed, step, rank)))
 
         for group in optimizer.param_groups:
             group["lr"] = group["peak_lr"] * lr_scale(args, step)
@@ -295,7 +299,7 @@ def main(argv=None):
         step += 1
         bar.update()
         if step % 10 == 0:  # not at each step: .item() waits for the GPU
-            bar.set_postfix_str(f"loss {loss.item():.3f}", refresh=False)
+            bar.set_postfix_str(f"loss {mean_over_processes(loss).item():.3f}", refresh=False)
 
     bar.close()
     if world > 1:
@@ -348,7 +352,7 @@ def make_optimizer(model, args):
 
 
 def lr_scale(args, step):
-    """The learning rate at a step, over its peak: linear warm-up, then a cosine down to a tenth."""
+    """The learning rate over its peak: linear warm-up, then a cosine down to a tenth."""
     if step < args.warmup_iters:
         return (step + 1) / args.warmup_iters
     done = (step - args.warmup_iters) / max(1, args.max_iters - args.warmup_iters)
@@ -371,7 +375,8 @@ def add_gradients(network, x, y, autocast):
 
 @torch.no_grad()
 def evaluate(model, x, y, batch_size, autocast):
-    """The mean loss, in nats per token, on the windows x, y (n, n_ctx) of all processes."""
+    """The mean loss, in nats per token, over the windows of all processes. x, y (n, n_ctx) are
+    those of this one."""
     model.eval()
     total = torch.zeros((), device=x.device)
     for xs, ys in zip(x.split(batch_size), y.split(batch_size)):
@@ -421,7 +426,7 @@ def save_run(out_dir, state, improved):
 
 def note_changed_code(checkpoint):
     if checkpoint["code"] != CODE:
-        print("note: wav.py or train.py has changed since this run began", file=sys.stderr)
+        print("note: the code has changed since this run began", file=sys.stderr)
 
 
 def run(main):

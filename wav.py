@@ -14,11 +14,11 @@ text. The vectors that a sublayer can choose from are called its *sources*. It r
     h_l = sum over s of a_s s,    a = softmax over s of ( q_l . RMSNorm(s) + c )           (2)
 
 where s runs over its sources and q_l is a learned vector, its *query*. The output head reads such a
-mixture, too, with its own query q_{2L+1}. As keys, sources are normalized, so that none is
-preferred for being large. As values they are not, so that a plain mean of x_0 and updates is (1),
-up to a factor. The bias c is 0 except for details, which come below.
+mixture with its own query q_{2L+1}. As keys, sources are normalized, so that none is preferred for
+being large. As values they are not, so that a plain mean of x_0 and updates is (1), up to a factor.
+The bias c is 0 except for details, which come below.
 
-Three variants work like this, the *routed* ones. They differ only in their sources. In two of them,
+Three *routed* variants work like this. They differ only in their sources. In two of them,
 consecutive layers form *blocks*: the block that sublayer l belongs to is *running*, the blocks
 before it are *finished*.
 
@@ -41,12 +41,13 @@ weight. So it is scaled to the size of the sum. The source is
     g detail,    g = rms(sum) / rms(detail), at most 1000, without gradient                (6)
 
 for each token on its own, so that nothing leaks from later tokens; at most 1000, so that rounding
-errors stay small; and without gradient, or else reading a detail would train the size of the sum.
+errors in fp32 stay small; and without gradient, or else reading a detail would train the size of
+the sum.
 
-Each query has one learned bias c per kind of detail, the same for all blocks. It starts at -2 by
-default, so a detail starts with e^-2 = 0.14 times the weight of a sum. Queries start at zero, so
-without details every mixture starts as a plain mean: (1) divided by the number of sources. Every
-sublayer, and the head, normalizes what it reads, and this factor drops out: attnres and
+Each of the 2L + 1 queries learns one bias c per kind of detail, whatever block it reads. It starts
+at -2 by default, so a detail starts with e^-2 = 0.14 times the weight of a sum. Queries start at
+zero, so without details every mixture starts as a plain mean: (1) divided by the number of sources.
+Every sublayer, and the head, normalizes what it reads, and this factor drops out: attnres and
 block_attnres start as the standard network, which is known to train well. wav only starts near it:
 as soon as a block has finished, details have 8 to 21 % of the weight in each mixture.
 
@@ -55,8 +56,8 @@ Q queries, K kinds of detail.
 
 References
     WAV v1                    https://arxiv.org/abs/2606.06564v1: (5), (6) without gradient, a
-                              negative start. Ours: that this is a bias of -2, and in (6)
-                              each token on its own and the limit.
+                              negative start. Ours: the bias of -2 as that start, and in (6)
+                              "each token on its own" and the limit.
     Attention Residuals       https://arxiv.org/abs/2603.15031: (2) to (4), queries at zero
     RoPE, RMSNorm, SwiGLU     https://arxiv.org/abs/2104.09864, 1910.07467, 2002.05202
 """
@@ -76,7 +77,7 @@ SIGNS = {
     "split": lambda j, S: +1 if j < S // 2 else -1,
 }
 
-# Each routed variant is one line: the kinds of detail that a finished block offers.
+# Each routed variant is one line: the kinds of detail that a finished block offers beside its sum.
 DETAILS = {
     "attnres": (),  # no sums either: in `route`, each update is a source of its own
     "block_attnres": (),
@@ -115,13 +116,13 @@ class GPTConfig:
         return 2 * (self.layers_per_block or 2 * max(1, round(self.n_layer / 16)))
 
     def signs(self):
-        """The signs of the details, K rows of S, if they are of use."""
+        """K rows of S signs, one row per kind of detail. Refuses those that are of no use."""
         kinds = DETAILS.get(self.residual, ())
         rows = [[SIGNS[kind](j, self.S) for j in range(self.S)] for kind in kinds]
         length = f"layers_per_block={self.S // 2}"
         require(not rows or self.S <= 2 * self.n_layer, f"{length} exceeds n_layer={self.n_layer}")
         for kind, row in zip(kinds, rows):
-            require(sum(row) == 0, f"the signs of {kind} must add up to 0, not {sum(row)}: {row}")
+            require(sum(row) == 0, f"the signs of {kind} must add up to 0: {row}")
             require(rows.count(row) == 1, f"{length} makes two of {kinds} the same: use more")
         return rows
 
@@ -234,7 +235,7 @@ def mix(sources, inv_rms, queries, biases=None):
     or None for zeros. Returns three sequences with an entry per query: its mixture (B, T, D), the
     log-sum-exp of its logits (B, T), which `merge` needs, and its weights (N, B, T).
 
-    Under bf16 autocast the two products of matrices are bf16, all else is fp32.
+    Under bf16 autocast the two matrix products are bf16, all else is fp32.
     """
     # q . RMSNorm(s) = (q . s) / rms(s)
     logits = (sources @ queries.T) * inv_rms  # (N, B, T, Q)
@@ -262,8 +263,8 @@ def merge(h, lse, weights, running, query):
 
         (Z h + Z_run h_run) / (Z + Z_run) = h_run + sigmoid(lse - lse_run) (h - h_run)     (7)
 
-    since sigmoid(x) = 1 / (1 + exp(-x)). To replace the softmax, replace it in `mix`, with the
-    weight 1 of a single source there, and all of the code below.
+    since sigmoid(x) = 1 / (1 + exp(-x)). To replace the softmax, change the weights and the
+    shortcut for a single source in `mix`, and this function.
     """
     (h_run,), (lse_run,), (weights_run,) = mix(running, 1 / rms(running), query[None])
     share = torch.sigmoid(lse - lse_run)  # Z / (Z + Z_run)
@@ -287,8 +288,8 @@ class GPT(nn.Module):
     """A decoder-only Transformer with a choice of residual variant.
 
     Routed variants add query (2L+1, D) and, with details, detail_bias (2L+1, K). Row l-1 belongs to
-    sublayer l, the last row to the output. Row 0 of query, and of detail_bias the rows of the first
-    block, get no gradient: these sublayers have one source to choose from, or no details.
+    sublayer l, the last row to the output. query[0], with one source to choose from, and
+    detail_bias[:S], with no details yet, only get zero gradients.
     """
 
     def __init__(self, config):
@@ -301,7 +302,7 @@ class GPT(nn.Module):
         self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.init_weights()
 
-        # What a variant adds comes last, so that all variants start from the same numbers.
+        # What a variant adds is not random, so all variants start from the same numbers.
         if config.residual in DETAILS:
             n_query = 2 * config.n_layer + 1
             self.query = nn.Parameter(torch.zeros(n_query, config.n_embd))
@@ -338,8 +339,8 @@ class GPT(nn.Module):
     def route(self, x, cache=None, table=None):
         """From the embedding x_0 (B, T, D) to the mixture that the head reads (B, T, D).
 
-        A query is a parameter: it does not depend on any update. So when a block begins, all its
-        queries can read the finished sources in one pass (`mix`). Only the updates of the block
+        A query is a parameter: it depends on no token and no update. So when a block begins, all
+        its queries can read the finished sources in one pass (`mix`). Only the updates of the block
         itself come later; before each sublayer, those so far are added (`merge`).
 
         If table is a list, the weights of each mixture, (N, B, T), are appended to it.
@@ -366,8 +367,8 @@ class GPT(nn.Module):
                     running = torch.stack(updates)  # (3)
                 else:
                     running = u[None] if running is None else running + u  # (4)
-            # The block has finished. Only now its details are complete: of fewer updates than S
-            # their signs would not add up to zero.
+            # The block has finished. Only now its details are complete: before, the signs of split
+            # do not add up to zero.
             offered = [running]  # `routing` names them in this order
             c = F.pad(c, (0, len(running)))  # no bias
             if DETAILS[residual]:

@@ -309,8 +309,8 @@ def test_a_model_that_wav_py_no_longer_makes_is_refused(monkeypatch):
 
 
 def test_a_checkpoint_keeps_the_code_that_began_the_run_and_a_change_is_said(monkeypatch):
-    code = Path(wav.__file__).read_text() + Path(train.__file__).read_text()
-    note = "note: wav.py or train.py has changed since this run began\n"
+    code = "".join(Path(module.__file__).read_text() for module in (wav, data, train))
+    note = "note: the code has changed since this run began\n"
     monkeypatch.setattr(wav, "__file__", "a.txt")  # an edit after the start is not what runs
     go(TINY)
     assert note not in said(sample, SAMPLE)[1] + said(train, LONGER)[1]
@@ -439,7 +439,7 @@ def test_what_a_person_can_mend_is_said_in_one_line_by_sample_py(line):
 @pytest.mark.parametrize("name", ["batch_size", "eval_windows"])
 def test_what_the_processes_cannot_share_is_refused(monkeypatch, name):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    refused(train, f"{TINY} --{name} 9", f"{name}=9 must be a multiple of 2, the processes")
+    refused(train, f"{TINY} --{name} 9", f"{name}=9 must be a multiple of the 2 processes")
 
 
 @pytest.mark.parametrize("compiled", ["--no-compile", "--compile"])
