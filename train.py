@@ -54,7 +54,7 @@ CODE = "".join(Path(path).read_text("utf-8") for path in (wav.__file__, data.__f
 
 
 def make_parser():
-    """The settings. By default a run takes 12 minutes on two older CPU cores."""
+    """The settings. By default a run takes 5 to 12 minutes on two CPU cores."""
     parser = argparse.ArgumentParser(
         description="Train a model on text.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
