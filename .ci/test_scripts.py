@@ -267,6 +267,14 @@ def test_resume_changes_nothing_else_in_a_run():
         refused(train, f"{LONGER} --{setting}", setting.split("=")[0])
 
 
+def test_a_setting_that_the_run_did_not_have_is_refused():
+    go(TINY)
+    checkpoint = read()
+    del checkpoint["settings"]["dropout"]  # as if a fork had added it
+    torch.save(checkpoint, "run/ckpt.pt")
+    refused(train, LONGER, "--resume cannot change ['dropout']")
+
+
 def test_a_run_is_resumed_or_replaced_only_on_demand():
     refused(train, RESUME, "there is no checkpoint run/ckpt.pt")
     go(TINY)
