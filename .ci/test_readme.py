@@ -63,23 +63,26 @@ def test_fixed_weights():
     assert (lower, len(gain)) == (f"{interval(gain)[0]:.3f}", 3)
 
 
-def best_rate(variant, machine):
-    """The last loss at the rate with the lowest loss on the whole text, of seed 11."""
-    runs = []
+def best_rate(variant, seed, machine=None):
+    """The last loss at the rate with the lowest loss: on the whole text, where that is known."""
+    found = []
     for rate in (1.5e-3, 3e-3, 6e-3, 1.2e-2):
-        how = {"seeds": [11], "learning_rate": rate, "machine": machine}
-        for loss in losses(variant, 48, column="whole_loss", **how).values():
-            runs.append((loss, losses(variant, 48, **how)[11]))
-    return min(runs)[1]
+        how = {"seeds": [seed], "learning_rate": rate}
+        if machine:
+            how["machine"] = machine
+        last = losses(variant, 48, **how)
+        whole = losses(variant, 48, column="whole_loss", **how) if machine else last
+        found += [(whole[seed], last[seed]) for seed in last]
+    return min(found)[1]
 
 
-def test_leads_at_the_best_rate():
-    pattern = r"WAV leads both by ([\d.]+), on another machine `standard` by ([\d.]+\d)"
-    ((both, elsewhere),) = re.findall(pattern, README)
+def test_leads_at_the_best_rates():
+    (shown,) = re.findall(r"it leads by ([\d.]+ to [\d.]+) \(two seeds\)", README)
+    leads = [best_rate("block_attnres", 1) - best_rate("wav", 1)]
+    leads += [best_rate("standard", 11, "EPYC-Zen4") - best_rate("wav", 11, "EPYC-Zen4")]
     for variant in ("standard", "block_attnres"):
-        assert both == f"{best_rate(variant, 'Xeon-AMX') - best_rate('wav', 'Xeon-AMX'):.3f}"
-    lead_elsewhere = best_rate("standard", "EPYC-Zen4") - best_rate("wav", "EPYC-Zen4")
-    assert elsewhere == f"{lead_elsewhere:.3f}"
+        leads.append(best_rate(variant, 11, "Xeon-AMX") - best_rate("wav", 11, "Xeon-AMX"))
+    assert shown == f"{min(leads):.3f} to {max(leads):.3f}"
 
 
 def test_leads_in_percent_of_the_loss():
