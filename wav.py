@@ -11,12 +11,12 @@ The attention of layer 40 thus reads a sum of 79 terms and cannot tell them apar
 Residuals* let every sublayer weigh the terms: they are attention over depth instead of over the
 text. The vectors that a sublayer can choose from are called its *sources*. It reads a mixture,
 
-    h_l = sum over s of a_s s,    a = softmax over s of ( q_l . RMSNorm(s) + c )           (2)
+    h_l = sum over s of a_s s,    a = softmax over s of ( q_l . RMSNorm(s) + c_s )         (2)
 
 where s runs over its sources and q_l is a learned vector, its *query*. The output head reads such a
 mixture with its own query q_{2L+1}. As keys, sources are normalized, so that none is preferred for
 being large. As values they are not, so that a plain mean of x_0 and updates is (1), up to a factor.
-The bias c is 0 except for details, which come below.
+The bias c_s is 0 except for details, which come below.
 
 Three *routed* variants work like this. They differ only in their sources. In two of them,
 consecutive layers form *blocks*: the block that sublayer l belongs to is *running*, the blocks
@@ -44,12 +44,12 @@ for each token on its own, so that nothing leaks from later tokens; at most 1000
 errors in fp32 stay small; and without gradient, or else reading a detail would train the size of
 the sum.
 
-Each of the 2L + 1 queries learns one bias c per kind of detail, whatever block it reads. It starts
+Each of the 2L + 1 queries learns one bias per kind of detail, whatever block it reads. It starts
 at -2 by default, so a detail starts with e^-2 = 0.14 times the weight of a sum. Queries start at
 zero, so without details every mixture starts as a plain mean: (1) divided by the number of sources.
 Every sublayer, and the head, normalizes what it reads, and this factor drops out: attnres and
 block_attnres start as the standard network, which is known to train well. wav only starts near it:
-as soon as a block has finished, details have 8 to 21 % of the weight in each mixture.
+once a block has finished, details have 8 to 21 % of the weight: 2 e^-2 / (3 + 2 e^-2) and more.
 
 Shapes: B batch, T time, D width, H heads, V vocabulary, S sublayers in a block, N sources,
 Q queries, K kinds of detail.
@@ -77,7 +77,7 @@ SIGNS = {
     "split": lambda j, S: +1 if j < S // 2 else -1,
 }
 
-# Each routed variant is one line: the kinds of detail that a finished block offers beside its sum.
+# Each routed variant is one line: the kinds of detail that a finished block offers besides its sum.
 DETAILS = {
     "attnres": (),  # no sums either: in `route`, each update is a source of its own
     "block_attnres": (),
@@ -116,14 +116,15 @@ class GPTConfig:
         return 2 * (self.layers_per_block or 2 * max(1, round(self.n_layer / 16)))
 
     def signs(self):
-        """K rows of S signs, one row per kind of detail. Refuses those that are of no use."""
+        """K rows of S signs, one row per kind of detail. Refuses useless ones."""
         kinds = DETAILS.get(self.residual, ())
         rows = [[SIGNS[kind](j, self.S) for j in range(self.S)] for kind in kinds]
-        length = f"layers_per_block={self.S // 2}"
-        require(not rows or self.S <= 2 * self.n_layer, f"{length} exceeds n_layer={self.n_layer}")
+        setting = f"layers_per_block={self.S // 2}"
+        fits = self.S <= 2 * self.n_layer
+        require(fits or not rows, f"{setting} exceeds n_layer={self.n_layer}: no block finishes")
         for kind, row in zip(kinds, rows):
             require(sum(row) == 0, f"the signs of {kind} must add up to 0: {row}")
-            require(rows.count(row) == 1, f"{length} makes two of {kinds} the same: use more")
+            require(rows.count(row) == 1, f"{setting} makes two of {kinds} the same: use more")
         return rows
 
     def __post_init__(self):
@@ -278,7 +279,7 @@ def details(signs, updates, total):
     with torch.autocast(total.device.type, enabled=False):  # bf16 is too coarse for differences
         d = torch.tensordot(signs, updates, 1)  # (5)
     # Where all updates are alike, d is nothing but rounding errors, which must not grow to the size
-    # of the sum. In fp32 the limit prevents this. It does not if autocast rounds updates to bf16.
+    # of the sum. In fp32 the limit prevents this, but not under autocast or TF32, which round more.
     with torch.no_grad():
         g = (rms(total) / rms(d)).clamp_max(1000)
     return g * d  # (6)
@@ -323,7 +324,7 @@ class GPT(nn.Module):
     def forward(self, idx, targets=None, cache=None):
         """Ids (B, T) to logits (B, T, V) and, with targets (B, T), the mean loss in nats per token.
 
-        With a cache, a dict that starts empty, later calls give one new id of each sequence.
+        With a cache, a dict that starts empty, later calls pass one new id per sequence.
         """
         x = self.embed(idx)  # x_0 (B, T, D)
         if self.config.residual in DETAILS:
@@ -367,8 +368,8 @@ class GPT(nn.Module):
                     running = torch.stack(updates)  # (3)
                 else:
                     running = u[None] if running is None else running + u  # (4)
-            # The block has finished. Only now its details are complete: before, the signs of split
-            # do not add up to zero.
+            # The block has finished. Only now are all details complete: until here, the signs of
+            # split do not add up to zero.
             offered = [running]  # `routing` names them in this order
             c = F.pad(c, (0, len(running)))  # no bias
             if DETAILS[residual]:

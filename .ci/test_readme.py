@@ -33,8 +33,8 @@ def test_the_loss_of_each_variant(residual):
 
 
 def test_attnres_is_compared_on_its_own_seeds():
-    (shown,) = re.findall(r"two, where `block_attnres` has ([\d.]+)\)", README)
-    found = losses("block_attnres", 48, seeds=losses("attnres", 48))
+    (shown,) = re.findall(r"two, where `wav` has ([\d.]+)\)", README)
+    found = losses("wav", 48, seeds=losses("attnres", 48))
     assert shown == f"{sum(found.values()) / 2:.3f}"
 
 
