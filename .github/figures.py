@@ -117,7 +117,7 @@ def draw_map(out_dir):
     """The map of `sample.py --routing` as a picture. A source that is yet to come is left blank."""
     sys.path.insert(0, str(HERE.parent))
     import matplotlib.pyplot as plt
-    from matplotlib.colors import PowerNorm
+    from matplotlib.colors import LinearSegmentedColormap, PowerNorm
 
     from sample import find_checkpoint, load_checkpoint, mean_routing, name_of, validation_windows
 
@@ -130,8 +130,11 @@ def draw_map(out_dir):
     plt.rcParams.update({"font.size": 14, **STYLE})
     figure, ax = plt.subplots(figsize=(8, 8.4), layout="constrained")
     figure.get_layout_engine().set(w_pad=0.1, h_pad=0.1)
-    # The colour goes with the square root of the weight, so that small weights differ, too.
-    image = ax.imshow(percent, cmap="YlGnBu", norm=PowerNorm(0.5, 0, 100), aspect="auto")
+    # From nearly transparent to opaque, so that large weights stand out on a light and on a dark
+    # page. The colour goes with the square root of the weight, so that small weights differ, too.
+    stops = [(0.25, 0.75, 0.5, 0.08), (0.15, 0.65, 0.75, 0.7), (0.2, 0.4, 1, 1)]
+    blues = LinearSegmentedColormap.from_list("blues", stops)
+    image = ax.imshow(percent, cmap=blues, norm=PowerNorm(0.5, 0, 100), aspect="auto")
     ax.set_xticks(range(len(names)), names, rotation=90)
     ax.set_yticks(range(len(readers)), readers)
     ax.xaxis.tick_top()
