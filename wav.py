@@ -7,16 +7,17 @@ the token embedding x_0 plus every update so far:
 
     standard        h_l = x_0 + u_1 + ... + u_{l-1}                                        (1)
 
-The attention of layer 40 thus reads a sum of 79 terms and cannot tell them apart. *Attention
-Residuals* let every sublayer weigh the terms: they are attention over depth instead of over the
-text. The vectors that a sublayer can choose from are called its *sources*. It reads a mixture,
+The attention of layer 40 thus reads a sum of 79 terms, all with weight 1. *Attention Residuals* let
+every sublayer weigh the terms: they are attention over depth instead of over the text. The vectors
+that a sublayer can choose from are called its *sources*. It reads a mixture,
 
     h_l = sum over s of a_s s,    a = softmax over s of ( q_l . RMSNorm(s) + c_s )         (2)
 
 where s runs over its sources and q_l is a learned vector, its *query*. The output head reads such a
-mixture with its own query q_{2L+1}. As keys, sources are normalized, so that none is preferred for
-being large. As values they are not, so that a plain mean of x_0 and updates is (1), up to a factor.
-The bias c_s is 0 except for details, which come below.
+mixture with its own query q_{2L+1}. A source is both a key and a value. As a key, inside the
+softmax, it is normalized, so that none is preferred for being large. As a value it is not, so that
+a plain mean of x_0 and all updates is (1), up to a factor. The bias c_s is 0 except for details,
+which come below.
 
 Three *routed* variants work like this. They differ only in their sources. In two of them,
 consecutive layers form *blocks*: the block that sublayer l belongs to is *running*, the blocks
@@ -26,39 +27,50 @@ before it are *finished*.
     block_attnres   x_0, the sum of the updates of each finished block, and the sum so far
                     of the running block. Far fewer sources, so cheaper, but only sums     (4)
     wav             those of (4) and, for each finished block, two differences between its
-                    updates, called *details*:                                             (5)
+                    updates, called *details*,
                     phase = attention updates minus MLP updates
-                    split = updates of the first half minus those of the second half
+                    split = updates of the first half minus those of the second half       (5)
 
-The sum shows a block at a coarse resolution, the details show it at a finer one: what made up the
-sum. For example, in blocks of two layers (the default at 12 layers), the attention of layer 9 reads
-13 sources: x_0 and the sum, phase and split of four finished blocks. The MLP of layer 9 also reads
-the sum so far of the fifth.
+The sum shows a block at a coarse resolution, the details show it at a finer one. A mixture with
+weights a, p and s for the sum, phase and split of a block contains its updates with these factors:
+
+                     attention       MLP
+    first half       a + p + s       a - p + s
+    second half      a + p - s       a - p - s
+
+So it can favor attention over MLP, and the first half over the second, but not the other way round,
+since weights are positive. (p and s include the factor g, which comes next.)
+
+For example, in blocks of two layers (the default at 12 layers), the attention of layer 9 reads 13
+sources: x_0 and the sum, phase and split of four finished blocks. The MLP of layer 9 also reads the
+sum so far of the fifth.
 
 As a value, a detail much smaller than its block's sum would add almost nothing, whatever its
 weight. So it is scaled to the size of the sum. The source is
 
     g detail,    g = rms(sum) / rms(detail), at most 1000, without gradient                (6)
 
-for each token on its own, so that nothing leaks from later tokens; at most 1000, so that rounding
-errors in fp32 stay small; and without gradient, or else reading a detail would train the size of
-the sum.
+Each token has its own g, so that nothing leaks from later tokens. The limit of 1000 keeps rounding
+errors small. There is no gradient through g, or else reading a detail would train the sizes of
+sums.
 
 Each of the 2L + 1 queries learns one bias per kind of detail, whatever block it reads. It starts
 at -2 by default, so a detail starts with e^-2 = 0.14 times the weight of a sum. Queries start at
 zero, so without details every mixture starts as a plain mean: (1) divided by the number of sources.
 Every sublayer, and the head, normalizes what it reads, and this factor drops out: attnres and
 block_attnres start as the standard network, which is known to train well. wav only starts near it:
-once a block has finished, details have 8 to 21 % of the weight: 2 e^-2 / (3 + 2 e^-2) and more.
+with F finished blocks, F sums, x_0 and the sum so far count 1 each and 2F details e^-2 each. So
+details have 2F e^-2 / (F + 2 + 2F e^-2) of the weight: 8 % for F = 1, and below 22 % for any F.
 
 Shapes: B batch, T time, D width, H heads, V vocabulary, S sublayers in a block, N sources,
-Q queries, K kinds of detail.
+Q queries, K kinds of detail. The text counts sublayers from 1, the code from 0.
 
 References
     WAV v1                    https://arxiv.org/abs/2606.06564v1: (5), (6) without gradient, a
                               negative start. Ours: the bias of -2 as that start, and in (6)
                               "each token on its own" and the limit.
-    Attention Residuals       https://arxiv.org/abs/2603.15031: (2) to (4), queries at zero
+    Attention Residuals       https://arxiv.org/abs/2603.15031: (2) to (4), queries at zero, and
+                              (7) below, with all queries of a block in one pass
     RoPE, RMSNorm, SwiGLU     https://arxiv.org/abs/2104.09864, 1910.07467, 2002.05202
 """
 
@@ -151,9 +163,9 @@ def rms(x):
     """Root mean square over the last dimension, (..., D) -> (..., 1), in fp32 or better."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=dtype)
-    # Only zeros need this floor: a detail may be zero, an update hardly ever. The usual
-    # eps of 1e-6 under the root would distort: with 97 sources (attnres, 48 layers of width 128)
-    # mean squares start at 1e-7.
+    # Only zeros need this floor: a detail may be zero, an update hardly ever. The usual eps of 1e-6
+    # under the root would distort: the mean of 97 sources (attnres, 48 layers of width 128) starts
+    # with mean squares of 1e-7.
     return (norm / x.size(-1) ** 0.5).clamp_min(1e-12)
 
 
@@ -232,9 +244,10 @@ class MLP(nn.Module):
 def mix(sources, inv_rms, queries, biases=None):
     """Equation (2) for Q queries at once, all with the same N sources.
 
-    sources (N, B, T, D) come with inv_rms = 1 / rms(sources), queries are (Q, D) and biases (Q, N),
-    or None for zeros. Returns three sequences with an entry per query: its mixture (B, T, D), the
-    log-sum-exp of its logits (B, T), which `merge` needs, and its weights (N, B, T).
+    sources (N, B, T, D) come with inv_rms = 1 / rms(sources), which need not be computed again for
+    the next block. Queries are (Q, D) and biases (Q, N), or None for zeros. Returns three sequences
+    with an entry per query: its mixture (B, T, D), the log-sum-exp of its logits (B, T), which
+    `merge` needs, and its weights (N, B, T).
 
     Under bf16 autocast the two matrix products are bf16, all else is fp32.
     """
@@ -259,16 +272,16 @@ def merge(h, lse, weights, running, query):
     h (B, T, D), lse (B, T) and weights are what `mix` returned for this query (D) and the finished
     sources. Returns the mixture of all of them and its weights.
 
-    A softmax over two sets of sources is a weighted mean of the mixtures of both. The weight of a
-    set is Z = exp(lse), the sum of exp(logits) over it, so the mixture is
+    A mixture is the sum of exp(logit) s, divided by Z = exp(lse), the sum of exp(logit). Over two
+    sets of sources both sums add up. So multiply by Z, add, and divide again:
 
-        (Z h + Z_run h_run) / (Z + Z_run) = h_run + sigmoid(lse - lse_run) (h - h_run)     (7)
+        (Z h + Z_run h_run) / (Z + Z_run) = h_run + share (h - h_run)                      (7)
+        share = Z / (Z + Z_run) = 1 / (1 + exp(lse_run - lse)) = sigmoid(lse - lse_run)
 
-    since sigmoid(x) = 1 / (1 + exp(-x)). To replace the softmax, change the weights and the
-    shortcut for a single source in `mix`, and this function.
+    To replace the softmax, change lse, weights and the shortcut in `mix`, and this function.
     """
     (h_run,), (lse_run,), (weights_run,) = mix(running, 1 / rms(running), query[None])
-    share = torch.sigmoid(lse - lse_run)  # Z / (Z + Z_run)
+    share = torch.sigmoid(lse - lse_run)
     h = torch.lerp(h_run, h, share[..., None])  # (7)
     return h, torch.cat([share * weights, (1 - share) * weights_run])
 
@@ -279,7 +292,8 @@ def details(signs, updates, total):
     with torch.autocast(total.device.type, enabled=False):  # bf16 is too coarse for differences
         d = torch.tensordot(signs, updates, 1)  # (5)
     # Where all updates are alike, d is nothing but rounding errors, which must not grow to the size
-    # of the sum. In fp32 the limit prevents this, but not under autocast or TF32, which round more.
+    # of the sum. For updates in fp32 the limit prevents this, but not where autocast or TF32 has
+    # rounded them.
     with torch.no_grad():
         g = (rms(total) / rms(d)).clamp_max(1000)
     return g * d  # (6)
@@ -347,9 +361,11 @@ class GPT(nn.Module):
         If table is a list, the weights of each mixture, (N, B, T), are appended to it.
         """
         S, residual = self.config.S, self.config.residual
-        finished = x[None]  # the sources (N, B, T, D): at first x_0
+        # The finished sources, at first only x_0. They never change, so a block that finishes only
+        # appends its own to these three.
+        finished = x[None]  # their values (N, B, T, D)
         inv_rms = 1 / rms(finished)  # (N, B, T, 1)
-        c = self.query.new_zeros(len(self.query), 1)  # their biases (2L+1, N)
+        c = self.query.new_zeros(len(self.query), 1)  # their biases for each query (2L+1, N)
         # One block per pass. The output's query joins a short last block or gets its own pass.
         for first in range(0, len(self.query), S):
             queries = self.query[first : first + S]
@@ -368,10 +384,9 @@ class GPT(nn.Module):
                     running = torch.stack(updates)  # (3)
                 else:
                     running = u[None] if running is None else running + u  # (4)
-            # The block has finished. Only now are all details complete: until here, the signs of
-            # split do not add up to zero.
+            # The block has finished. Details had to wait: until half way, split equals the sum.
             offered = [running]  # `routing` names them in this order
-            c = F.pad(c, (0, len(running)))  # no bias
+            c = F.pad(c, (0, len(running)))  # 0 for the sum (attnres: for each update)
             if DETAILS[residual]:
                 offered.append(details(self.signs, torch.stack(updates), running[0]))
                 c = torch.cat([c, self.detail_bias], dim=1)
