@@ -46,9 +46,10 @@ def main(argv=None):
 
     vocab = checkpoint["vocab"]
     prompt = data.decode([0], vocab) if args.prompt is None else args.prompt
-    unknown = sorted({c for c in prompt if (data.encode(c, vocab) < 0).any()})
-    require(not unknown, f"the model never saw {unknown}: use characters of its text in --prompt")
     ids = torch.from_numpy(data.encode(prompt, vocab))[None].long().to(model.head.weight.device)
+    unknown = sorted({c for c in prompt if (data.encode(c, vocab) < 0).any()})
+    known = (ids >= 0).all()  # of the whole prompt: in a fork, a token may be a word
+    require(known, f"the model never saw {unknown}: use characters of its text in --prompt")
     torch.manual_seed(args.seed)
     new = model.stream(ids, args.n_tokens, args.temperature, args.top_k)
     print(data.decode(torch.cat([ids, *new], dim=1)[0].tolist(), vocab))

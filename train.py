@@ -179,15 +179,15 @@ def main(argv=None):
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16")
 
     # What changes from step to step. A checkpoint holds all of it.
-    step, seconds, best, log, code = 0, 0.0, math.inf, [], CODE
+    step, seconds, log, code = 0, 0.0, [], CODE
     if checkpoint:
         require(text.checksum == checkpoint["text"], f"{args.dataset!r} is not this run's text")
         require(asdict(config) == checkpoint["config"], "wav.py no longer makes this run's model")
         note_changed_code(checkpoint)
         model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
-        kept = ("step", "seconds", "best", "log", "code")
-        step, seconds, best, log, code = (checkpoint[name] for name in kept)
+        kept = ("step", "seconds", "log", "code")
+        step, seconds, log, code = (checkpoint[name] for name in kept)
 
     name = f"{args.residual} {args.n_layer}x{args.n_embd}"
     n_params = sum(p.numel() for p in model.parameters())
@@ -219,17 +219,19 @@ def main(argv=None):
 
     bar = tqdm(total=args.max_iters, initial=step, unit="step", disable=True if rank else None)
     stopping = False
+    signals = (signal.SIGINT, signal.SIGTERM)
 
     def stop(number, frame):
         nonlocal stopping
         stopping = True
-        signal.signal(number, signal.SIG_DFL)
+        for each in signals:
+            signal.signal(each, signal.SIG_DFL)
         with contextlib.suppress(OSError):  # Ctrl-C also ends `2>&1 | tee`
             os.write(2, b"\nstopping after an evaluation; Ctrl-C again to quit now\n")
 
     if world == 1:  # several processes would stop at different steps
-        signal.signal(signal.SIGINT, stop)
-        signal.signal(signal.SIGTERM, stop)
+        for each in signals:
+            signal.signal(each, stop)
 
     loss_sum, n_steps = torch.zeros((), device=device), 0  # since the last evaluation
     began = time.perf_counter()
@@ -254,9 +256,8 @@ def main(argv=None):
                 row["learning_rate"] = args.learning_rate * lr_scale(args, step - 1)
                 row["tokens_per_second"] = round(n_steps * tokens_per_step / elapsed)
                 line += f", train {train_loss:.3f}, {row['tokens_per_second']:,} tokens/s"
+            improved = all(val_loss < before["val_loss"] for before in log)
             log.append(row)
-            improved = val_loss < best
-            best = min(best, val_loss)
             if rank == 0:
                 if step == 0 and not args.overwrite:  # another run may have saved here meanwhile
                     require(not (out_dir / "ckpt.pt").exists(), HELD.format(out_dir))
@@ -270,7 +271,6 @@ def main(argv=None):
                     "optimizer": optimizer.state_dict(),
                     "step": step,
                     "seconds": seconds,
-                    "best": best,
                     "log": log,
                 }
                 save_run(out_dir, state, improved)
@@ -306,6 +306,7 @@ def main(argv=None):
         del network  # it holds on to the process group
         dist.destroy_process_group()
     if rank == 0:
+        best = min(row["val_loss"] for row in log)
         print(f"{name}: best validation loss {best:.4f} nats per token")
         print(f"{seconds:,.0f} s of training")
         if device.type == "cuda":

@@ -187,7 +187,7 @@ def test_a_signal_saves_and_ends_a_run_and_a_second_ends_it_at_once(monkeypatch,
     stopped = "stopped at step 3 and saved: --resume continues"
     assert out.splitlines()[-2:] == [stopped, "next: python sample.py --out_dir run"]
     assert read()["step"] == 3
-    assert signal.getsignal(number) == signal.SIG_DFL
+    assert signal.getsignal(signal.SIGINT) == signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     assert "again to quit now" in capfd.readouterr().err
 
 
@@ -262,9 +262,9 @@ def test_resume_changes_nothing_else_in_a_run():
     go(TINY)
     names = {setting.split("=")[0] for setting in FIXED.split()}
     assert {*train.MAY_CHANGE} | names == {*vars(train.make_parser().parse_args([]))}
-    for setting in [*FIXED.split(), "batch_size=8", "grad_accum=2"]:
-        refused(train, f"{LONGER} --{setting}", "--resume cannot change")
-        refused(train, f"{LONGER} --{setting}", setting.split("=")[0])
+    for setting in [*FIXED.split(), "batch_size=8"]:
+        name = setting.split("=")[0]
+        refused(train, f"{LONGER} --{setting}", f"--resume cannot change ['{name}")
 
 
 def test_a_setting_that_the_run_did_not_have_is_refused():
@@ -287,7 +287,7 @@ def test_a_run_is_resumed_or_replaced_only_on_demand():
 
 CUT = len(TEXT) * 8 // 10
 CHANGED = {
-    "another order": (TEXT[5:] + TEXT[:5], None),
+    "another order to train on": (TEXT[5:CUT] + TEXT[:5] + TEXT[CUT:], None),
     "other letters": (TEXT.replace("z", "{"), None),
     "cut elsewhere": (TEXT[:CUT], TEXT[CUT:]),
     "other text to validate on": (TEXT[: len(TEXT) * 9 // 10], TEXT[:300]),
@@ -389,19 +389,16 @@ def test_a_log_that_another_program_holds_open_does_not_end_the_run(monkeypatch)
     assert column("step") == [0, 2, 4, 6]
 
 
-COUNTS = "batch_size grad_accum max_iters eval_interval eval_windows layers_per_block n_layer n_ctx"
+COUNTS = "batch_size grad_accum max_iters eval_interval eval_windows n_ctx"
 BAD = [f"--{name}=-5 | {name}=-5 must be at least 1" for name in COUNTS.split()]
 BAD += """
---n_embd 0 | n_embd=0 must be at least 1
 --warmup_iters=-1 | warmup_iters=-1 must not be negative
 --weight_decay=-1 | weight_decay=-1.0 must not be negative
 --grad_clip=-1 | grad_clip=-1.0 must not be negative
 --seed=-1 | seed=-1 must not be negative
 --learning_rate=-1 | learning_rate=-1.0 must not be negative
 --learning_rate nan | learning_rate=nan must not be negative
---dropout 1 | dropout=1.0 must be from 0 to below 1
 --n_head 3 | n_embd=16 must be a multiple of 2 * n_head=6
---layers_per_block 5 | layers_per_block=5 exceeds n_layer=4
 --n_ctx 296 | n_ctx=296 needs 297 of each
 --device cuda:99 | device 'cuda:99' does not work here
 --device tpu | device 'tpu' does not work here
@@ -412,7 +409,6 @@ BAD += """
 --out_dir a.txt | File exists: 'a.txt'
 --residual wave | invalid choice: 'wave'
 --warmup_iters 1.5 | --warmup_iters: invalid int value: '1.5'
---seed | --seed: expected one argument
 --batch 2 | unrecognized arguments: --batch 2
 """.strip().splitlines()
 
@@ -432,7 +428,6 @@ BAD_SAMPLE = """
 --out_dir run --prompt '' | the prompt is empty
 --out_dir run --temperature=-1 | temperature=-1.0 must not be negative
 --out_dir run --top_k 0 | top_k=0 must be at least 1
---out_dir run --n_tokens many | --n_tokens: invalid int value: 'many'
 --out_dir run --routing | standard has no mixing weights to show
 """.strip().splitlines()
 
@@ -670,7 +665,6 @@ def test_best_pt_is_the_state_with_the_lowest_loss(monkeypatch):
     monkeypatch.setattr(train, "evaluate", lambda *args: next(losses))
     go(TINY)
     assert (read("run/best.pt")["step"], read()["step"]) == (2, 4)
-    assert read()["best"] == 2.0
 
 
 def test_the_same_seed_makes_the_same_text_from_the_prompt():
@@ -696,15 +690,15 @@ def test_a_reader_that_stops_early_ends_a_text_quietly(monkeypatch):
     assert done.stderr == "run/best.pt: wav, 4 steps\n"
 
 
-def encode_bytes(text, vocab):
-    ids = {byte: i for i, byte in enumerate(vocab)}
-    return np.array([ids.get(byte, -1) for byte in text.encode()], np.int32)
+def encode_list(tokens, vocab):
+    ids = {token: i for i, token in enumerate(vocab)}
+    return np.array([ids.get(token, -1) for token in tokens], np.int32)
 
 
 def test_a_fork_to_bytes_is_three_functions_of_data(monkeypatch):
     Path("a.txt").write_text(TEXT + " naïve, 🦊" * 60, "utf-8")
     monkeypatch.setattr(data, "vocabulary", lambda text: sorted(set(text.encode())))
-    monkeypatch.setattr(data, "encode", encode_bytes)
+    monkeypatch.setattr(data, "encode", lambda text, vocab: encode_list(text.encode(), vocab))
     monkeypatch.setattr(data, "decode", lambda ids, vocab: bytes(vocab[i] for i in ids).decode())
     go(TINY)
     said(sample, f"{SAMPLE} --routing")
@@ -712,6 +706,16 @@ def test_a_fork_to_bytes_is_three_functions_of_data(monkeypatch):
     spoken = torch.from_numpy(data.encode("ï, 🦊", read()["vocab"]))  # several bytes in a character
     monkeypatch.setattr(GPT, "stream", lambda *how: spoken.view(-1, 1, 1))
     assert said(sample, f"{SAMPLE} --prompt '🦊 '")[0] == "🦊 ï, 🦊\n"
+
+
+def test_a_fork_to_words_is_these_functions(monkeypatch):
+    monkeypatch.setattr(data, "vocabulary", lambda text: sorted(set(text.split())))
+    monkeypatch.setattr(data, "encode", lambda text, vocab: encode_list(text.split(), vocab))
+    monkeypatch.setattr(data, "decode", lambda ids, vocab: " ".join(vocab[i] for i in ids))
+    go(TINY)
+    text = said(sample, f"{SAMPLE} --prompt 'quick brown'")[0]
+    assert text.startswith("quick brown ") and {*text.split()} < {*TEXT.split()}
+    refused(sample, f"{SAMPLE} --prompt 'quick cat'", "the model never saw")
 
 
 # ----------------------------------------------------------------------------------------------
