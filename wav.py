@@ -31,44 +31,45 @@ before it are *finished*.
                     phase = attention updates minus MLP updates
                     split = updates of the first half minus those of the second half       (5)
 
-The sum shows a block at a coarse resolution, the details show it at a finer one. A mixture with
-weights a, p and s for the sum, phase and split of a block contains its updates with these factors:
+The sum shows a block at a coarse resolution, the details show it at a finer one. A mixture in which
+the sum has the factor w, phase p and split t contains the updates of the block with these factors:
 
                      attention       MLP
-    first half       a + p + s       a - p + s
-    second half      a + p - s       a - p - s
+    first half       w + p + t       w - p + t
+    second half      w + p - t       w - p - t
 
-So it can favor attention over MLP, and the first half over the second, but not the other way round,
-since weights are positive. (p and s include the factor g, which comes next.)
+Since w, p and t are positive, a mixture can favor attention over MLP in the same half, and the
+first half over the second for the same kind of sublayer, but not the other way round.
 
-For example, in blocks of two layers (the default at 12 layers), the attention of layer 9 reads 13
-sources: x_0 and the sum, phase and split of four finished blocks. The MLP of layer 9 also reads the
-sum so far of the fifth.
+For example, in blocks of two layers (the default at 12 layers), the attention of layer 9 begins the
+fifth block. It reads 13 sources: x_0 and the sum, phase and split of four finished blocks. The MLP
+of layer 9 also reads the sum so far of the fifth.
 
-As a value, a detail much smaller than its block's sum would add almost nothing, whatever its
-weight. So it is scaled to the size of the sum. The source is
+As a value, a detail much smaller than its block's sum would add almost nothing at a similar weight.
+So it is scaled to the size of the sum. The source is
 
     g detail,    g = rms(sum) / rms(detail), at most 1000, without gradient                (6)
 
-Each token has its own g, so that nothing leaks from later tokens. The limit of 1000 keeps rounding
-errors small. There is no gradient through g, or else reading a detail would train the sizes of
-sums.
+Each token has its own g: one for all tokens would tell it about later ones. The limit keeps the
+rounding errors of fp32 small, though not those of bf16. There is no gradient through g, or else
+reading a detail would train the size of its sum.
 
 Each of the 2L + 1 queries learns one bias per kind of detail, whatever block it reads. It starts
 at -2 by default, so a detail starts with e^-2 = 0.14 times the weight of a sum. Queries start at
 zero, so without details every mixture starts as a plain mean: (1) divided by the number of sources.
 Every sublayer, and the head, normalizes what it reads, and this factor drops out: attnres and
 block_attnres start as the standard network, which is known to train well. wav only starts near it:
-with F finished blocks, F sums, x_0 and the sum so far count 1 each and 2F details e^-2 each. So
-details have 2F e^-2 / (F + 2 + 2F e^-2) of the weight: 8 % for F = 1, and below 22 % for any F.
+with n finished blocks, n sums, x_0 and the sum so far count 1 each and 2n details e^-2 each. So
+details have 2n e^-2 / (n + 2 + 2n e^-2) of the weight: 8 % for n = 1 (12 % where a block begins,
+without a sum so far), and below 22 % for any n.
 
 Shapes: B batch, T time, D width, H heads, V vocabulary, S sublayers in a block, N sources,
 Q queries, K kinds of detail. The text counts sublayers from 1, the code from 0.
 
 References
-    WAV v1                    https://arxiv.org/abs/2606.06564v1: (5), (6) without gradient, a
-                              negative start. Ours: the bias of -2 as that start, and in (6)
-                              "each token on its own" and the limit.
+    WAV v1                    https://arxiv.org/abs/2606.06564v1: (5), (6) with its stopped
+                              gradient, a negative start. Ours: the bias of -2 for that start; in
+                              (6), one g per token and the limit.
     Attention Residuals       https://arxiv.org/abs/2603.15031: (2) to (4), queries at zero, and
                               (7) below, with all queries of a block in one pass
     RoPE, RMSNorm, SwiGLU     https://arxiv.org/abs/2104.09864, 1910.07467, 2002.05202
@@ -115,9 +116,9 @@ class GPTConfig:
     n_head: int = 4
     n_embd: int = 128
     residual: str = "wav"
-    # If layers_per_block does not divide n_layer, the last block is shorter. It never finishes, and
-    # only its sum so far is read. In attnres, where every update is a source, it changes only the
-    # speed. None: about n_layer / 8, and even, so that split cuts between two layers.
+    # If layers_per_block does not divide n_layer, the last block is shorter: it never finishes, and
+    # only its sum so far is read. In attnres, every update is a source, so layers_per_block changes
+    # only the speed. None: about n_layer / 8, at least 2, and even: split cuts between two layers.
     layers_per_block: int | None = None
     detail_bias: float = -2.0
     dropout: float = 0.0
@@ -164,8 +165,8 @@ def rms(x):
     dtype = torch.promote_types(x.dtype, torch.float32)
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=dtype)
     # Only zeros need this floor: a detail may be zero, an update hardly ever. The usual eps of 1e-6
-    # under the root would distort: the mean of 97 sources (attnres, 48 layers of width 128) starts
-    # with mean squares of 1e-7.
+    # under the root would distort: a mean of 97 sources (attnres, 48 layers of width 128) starts
+    # with a mean square of about 1e-7, since that of x_0 is 0.02^2, divided by 97^2.
     return (norm / x.size(-1) ** 0.5).clamp_min(1e-12)
 
 
@@ -255,7 +256,7 @@ def mix(sources, inv_rms, queries, biases=None):
     logits = (sources @ queries.T) * inv_rms  # (N, B, T, Q)
     if biases is not None:
         logits = logits + biases.T[:, None, None]
-    if len(sources) == 1:  # as always for the sum so far: nothing to choose, its weight is 1
+    if len(sources) == 1:  # x_0 or a sum so far: nothing to choose, its weight is 1
         ones = torch.ones_like(logits)
         return [sources[0]] * len(queries), logits[0].unbind(-1), ones.unbind(-1)
     lse = logits.logsumexp(0)  # (B, T, Q)
@@ -267,7 +268,7 @@ def mix(sources, inv_rms, queries, biases=None):
 
 
 def merge(h, lse, weights, running, query):
-    """Add the sources of the running block, (R, B, T, D), to a mixture of finished ones.
+    """Add the R sources of the running block, (R, B, T, D), to a mixture of finished ones.
 
     h (B, T, D), lse (B, T) and weights are what `mix` returned for this query (D) and the finished
     sources. Returns the mixture of all of them and its weights.
@@ -362,11 +363,11 @@ class GPT(nn.Module):
         """
         S, residual = self.config.S, self.config.residual
         # The finished sources, at first only x_0. They never change, so a block that finishes only
-        # appends its own to these three.
+        # appends its own to all three:
         finished = x[None]  # their values (N, B, T, D)
         inv_rms = 1 / rms(finished)  # (N, B, T, 1)
         c = self.query.new_zeros(len(self.query), 1)  # their biases for each query (2L+1, N)
-        # One block per pass. The output's query joins a short last block or gets its own pass.
+        # One block per iteration. The output's query joins a short last block or gets its own.
         for first in range(0, len(self.query), S):
             queries = self.query[first : first + S]
             hs, lses, weights = mix(finished, inv_rms, queries, c[first : first + S])
@@ -384,7 +385,8 @@ class GPT(nn.Module):
                     running = torch.stack(updates)  # (3)
                 else:
                     running = u[None] if running is None else running + u  # (4)
-            # The block has finished. Details had to wait: until half way, split equals the sum.
+            # The block has finished. Only now are its details offered: half way, split still
+            # equals the sum.
             offered = [running]  # `routing` names them in this order
             c = F.pad(c, (0, len(running)))  # 0 for the sum (attnres: for each update)
             if DETAILS[residual]:
