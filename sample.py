@@ -48,8 +48,8 @@ def main(argv=None):
     prompt = data.decode([0], vocab) if args.prompt is None else args.prompt
     ids = torch.from_numpy(data.encode(prompt, vocab))[None].long().to(model.head.weight.device)
     unknown = sorted({c for c in prompt if (data.encode(c, vocab) < 0).any()})
-    known = (ids >= 0).all()  # of the whole prompt: in a fork, a token may be a word
-    require(known, f"the model never saw {unknown}: use characters of its text in --prompt")
+    message = f"the model never saw {unknown}: use characters of its text in --prompt"
+    require((ids >= 0).all(), message)  # ids, not unknown: in a fork, a token may be a word
     torch.manual_seed(args.seed)
     new = model.stream(ids, args.n_tokens, args.temperature, args.top_k)
     print(data.decode(torch.cat([ids, *new], dim=1)[0].tolist(), vocab))
@@ -67,7 +67,7 @@ def find_checkpoint(out_dir=None):
 
 
 def load_checkpoint(path, device="cpu"):
-    """A model, ready to use, and all that train.py has saved with it. Runs no code in the file."""
+    """The model, in eval mode, and the whole checkpoint. Runs no code in the file."""
     checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     note_changed_code(checkpoint)
     model = GPT(GPTConfig(**checkpoint["config"])).to(device)
@@ -76,8 +76,8 @@ def load_checkpoint(path, device="cpu"):
 
 
 # ----------------------------------------------------------------------------------------------
-# The map: mixing weights in percent, averaged over tokens. A row is a reader, a sublayer or the
-# output; a column is a source.
+# The map: mixing weights in percent, averaged over tokens. A row is a reader (a sublayer or the
+# output), a column is a source.
 
 
 def print_routing(model, checkpoint):
@@ -135,8 +135,8 @@ def print_map(weights, names):
 
 @torch.no_grad()
 def loss_without(hidden, kinds, model, x, y):
-    """The loss with a kind of source hidden (None: none), its logits lowered by 10,000. kinds are
-    those of all sources, in order."""
+    """The loss when the sources of one kind (None: of none) have their logits lowered by 10,000.
+    kinds are those of all sources, in order."""
     mix = wav.mix
 
     def mix_without(sources, inv_rms, queries, biases=None):

@@ -1,21 +1,21 @@
 """
 Train a model on text.
 
-    python train.py                                            # Python's own help texts
+    python train.py                                            # Python's own documentation
     python train.py --dataset stories.txt --residual standard  # your own text, another variant
-    python train.py --resume                                   # continue a stopped run
+    python train.py --resume                                   # continue the first, if stopped
     torchrun --nproc_per_node=4 train.py --batch_size 64       # four GPUs
 
-A run has a folder, out/DATASET-RESIDUAL-LAYERSxWIDTH unless --out_dir names another. It is written
-at every evaluation, and only then. Ctrl-C evaluates, writes and ends (not under torchrun).
+A run has a folder, out/DATASET-RESIDUAL-LAYERSxWIDTH unless --out_dir names another. Its files are
+written at every evaluation, and only then. Ctrl-C evaluates, saves and exits (not under torchrun).
 
     ckpt.pt          the last state, for --resume
     best.pt          the state with the lowest validation loss, which sample.py takes
-    log.csv          a row for each evaluation; train_loss is the mean since the row before,
-                     seconds are those of training steps alone
+    log.csv          one row per evaluation; train_loss is the mean since the previous row,
+                     seconds counts training steps only
     settings.json    all settings
 
-The last losses of all runs: tail -n1 out/*/log.csv
+Compare runs: tail -n1 out/*/log.csv
 """
 
 import argparse
@@ -40,8 +40,8 @@ import data
 import wav
 from wav import GPT, RESIDUALS, GPTConfig, Refused, require
 
-# --resume may change these: batch_size and grad_accum only if their product stays, so that a step
-# reads the same windows; max_iters changes the learning rate from there on. The rest is fixed.
+# --resume may change only these; batch_size and grad_accum only if their product stays, so that a
+# step reads the same windows. A new max_iters changes the learning rate from there on.
 MAY_CHANGE = (
     *("dataset", "data_dir", "out_dir", "resume", "overwrite", "device", "compile"),
     *("max_iters", "eval_interval", "batch_size", "grad_accum"),
@@ -54,7 +54,7 @@ CODE = "".join(Path(path).read_text("utf-8") for path in (wav.__file__, data.__f
 
 
 def make_parser():
-    """The settings. By default a run takes 5 to 12 minutes on two CPU cores."""
+    """The flags. With their defaults, a run takes 5 to 12 minutes on two CPU cores."""
     parser = argparse.ArgumentParser(
         description="Train a model on text.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
@@ -77,20 +77,15 @@ def make_parser():
     add("--layers_per_block", type=int, help="None: about n_layer / 8, and even")
     add("--detail_bias", type=float, default=-2.0, help="initial bias of wav's details")
     add("--dropout", type=float, default=0.0, help="dropout probability")
-    # The optimisation
+    # The optimization
     add("--batch_size", type=int, default=16, help="windows of n_ctx tokens, over all processes")
     add("--grad_accum", type=int, default=1, help="batches per step")
-    add(
-        "--max_iters",
-        type=int,
-        default=800,
-        help="steps, and the length of the learning-rate schedule",
-    )
+    add("--max_iters", type=int, default=800, help="steps; the learning rate falls until the last")
     add("--learning_rate", type=float, default=3e-3, help="peak learning rate")
-    add("--warmup_iters", type=int, default=50, help="steps of linear warm-up")
-    add("--weight_decay", type=float, default=0.1, help="of weight matrices only")
+    add("--warmup_iters", type=int, default=50, help="linear warm-up steps")
+    add("--weight_decay", type=float, default=0.1, help="on weight matrices only")
     add("--grad_clip", type=float, default=1.0, help="clip the gradient norm to this; 0: off")
-    add("--seed", type=int, default=1, help="of initial weights, batches and dropout")
+    add("--seed", type=int, default=1, help="for initial weights, batches and dropout")
     # Evaluation
     add("--eval_interval", type=int, default=100, help="steps between evaluations")
     add("--eval_windows", type=int, default=320, help="validation windows of n_ctx tokens")
@@ -103,7 +98,7 @@ def make_parser():
 
 
 def read_settings(argv):
-    """The settings of a run, and the checkpoint from which it goes on, if it does."""
+    """Parse and check the flags. Returns them and, with --resume, the checkpoint (else None)."""
     parser = make_parser()
     args = parser.parse_args(argv)
     out_dir = args.out_dir
@@ -115,7 +110,7 @@ def read_settings(argv):
     if args.resume:
         require(path.exists(), f"there is no checkpoint {path}")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        # What the command line leaves out is as it was, and most of the rest must be.
+        # Flags not given keep the run's values. Those given may differ only in MAY_CHANGE.
         before = checkpoint["settings"]
         parser.set_defaults(**before)
         args = parser.parse_args(argv)
@@ -143,13 +138,12 @@ def main(argv=None):
     out_dir = Path(args.out_dir)
 
     # Processes and device. Under torchrun there are several, and each takes its share of a batch.
-    rank, local_rank = (int(os.environ.get(name, "0")) for name in ("RANK", "LOCAL_RANK"))
-    world = int(os.environ.get("WORLD_SIZE", "1"))
+    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     for name in ("batch_size", "eval_windows"):
         n = getattr(args, name)
         require(n % world == 0, f"{name}={n} must be a multiple of the {world} processes")
     local_batch = args.batch_size // world
-    device = pick_device(args.device, local_rank)
+    device = pick_device(args.device)
     if world > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
 
@@ -163,31 +157,45 @@ def main(argv=None):
     val_starts = data.even_starts(len(val_ids), args.n_ctx, args.eval_windows)[rank::world]
     val_x, val_y = data.windows(val_ids, args.n_ctx, val_starts)
 
-    # Model and optimiser
+    def get_batch(step):
+        """This process's share of a step: inputs and targets, (grad_accum, local_batch, n_ctx)."""
+        shape = (args.grad_accum, world, local_batch)
+        starts = data.random_starts(len(train_ids), args.n_ctx, shape, args.seed, step)
+        return data.windows(train_ids, args.n_ctx, starts[:, rank])
+
+    # Model and optimizer. A flag with the name of a field of GPTConfig sets that field.
     model_args = {f.name: getattr(args, f.name) for f in fields(GPTConfig) if f.name in args}
     config = GPTConfig(len(text.vocab), **model_args)
     torch.manual_seed(args.seed)
     model = GPT(config).to(device)
     optimizer = make_optimizer(model, args)
     for group in optimizer.param_groups:
-        group["peak_lr"] = group["lr"]  # a group may have a rate of its own
+        group["peak_lr"] = group["lr"]  # groups may have different rates
 
-    # Precision: autocast to bf16 on CUDA GPUs that have it in hardware; weights stay fp32
+    # Precision: by default bf16 autocast on CUDA GPUs that have it in hardware; weights stay fp32
     if args.dtype == "auto":
         bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         args.dtype = "bfloat16" if bf16 else "float32"
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16")
 
-    # What changes from step to step. A checkpoint holds all of it.
-    step, seconds, log, code = 0, 0.0, [], CODE
+    # A checkpoint holds this, which never changes ...
+    about = {
+        "settings": vars(args),
+        "config": asdict(config),
+        "code": CODE,
+        "vocab": text.vocab,
+        "text": text.checksum,
+    }
+    # ... and this, which does, beside the weights and the state of the optimizer.
+    step, seconds, log = 0, 0.0, []
     if checkpoint:
         require(text.checksum == checkpoint["text"], f"{args.dataset!r} is not this run's text")
         require(asdict(config) == checkpoint["config"], "wav.py no longer makes this run's model")
         note_changed_code(checkpoint)
+        about["code"] = checkpoint["code"]  # that which began the run
+        step, seconds, log = (checkpoint[name] for name in ("step", "seconds", "log"))
         model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
-        kept = ("step", "seconds", "log", "code")
-        step, seconds, log, code = (checkpoint[name] for name in kept)
 
     name = f"{args.residual} {args.n_layer}x{args.n_embd}"
     n_params = sum(p.numel() for p in model.parameters())
@@ -201,8 +209,6 @@ def main(argv=None):
         print(f"{args.dtype} on {device}, {tokens_per_step:,} tokens a step")
         print(f"writing to {out_dir}/", flush=True)
 
-    shape = (args.grad_accum, world, local_batch)
-
     # torch.compile, by default on CUDA with Triton (which Windows lacks)
     use_compile = args.compile
     if use_compile is None:
@@ -211,37 +217,26 @@ def main(argv=None):
         if rank == 0:
             print("compiling, which takes a minute or more...", flush=True)
         compile_parts(model)
-        # A first batch compiles before the clock runs. It takes no step.
-        starts = data.random_starts(len(train_ids), args.n_ctx, shape, args.seed, 0)
-        add_gradients(model, *data.windows(train_ids, args.n_ctx, starts[:1, rank]), autocast)
+        # Compile on one batch before the clock starts; no step is taken.
+        x, y = get_batch(0)
+        add_gradients(model, x[:1], y[:1], autocast)
         model.zero_grad()
     network = DistributedDataParallel(model) if world > 1 else model
 
     bar = tqdm(total=args.max_iters, initial=step, unit="step", disable=True if rank else None)
-    stopping = False
-    signals = (signal.SIGINT, signal.SIGTERM)
-
-    def stop(number, frame):
-        nonlocal stopping
-        stopping = True
-        for each in signals:
-            signal.signal(each, signal.SIG_DFL)
-        with contextlib.suppress(OSError):  # Ctrl-C also ends `2>&1 | tee`
-            os.write(2, b"\nstopping after an evaluation; Ctrl-C again to quit now\n")
-
+    signals = []  # what has come of Ctrl-C and SIGTERM
     if world == 1:  # several processes would stop at different steps
-        for each in signals:
-            signal.signal(each, stop)
+        note_signals(signals)
 
     loss_sum, n_steps = torch.zeros((), device=device), 0  # since the last evaluation
     began = time.perf_counter()
     while True:
-        # Evaluate and save, first the untrained model. (A resumed run has the row of its step.)
-        last = stopping or step >= args.max_iters
+        # Evaluate and save, first the untrained model. A resumed run takes a step first.
+        last = bool(signals) or step >= args.max_iters
         due = last or step % args.eval_interval == 0
-        if due and not (log and log[-1]["step"] == step):
-            train_loss = mean_over_processes(loss_sum).item() / max(1, n_steps)  # waits for the GPU
-            elapsed = time.perf_counter() - began
+        if due and (n_steps > 0 or not log):
+            train_loss = mean_over_processes(loss_sum).item() / max(1, n_steps)
+            elapsed = time.perf_counter() - began  # .item() has waited for the GPU
             seconds += elapsed
             val_loss = evaluate(model, val_x, val_y, local_batch, autocast)
             require(
@@ -261,18 +256,8 @@ def main(argv=None):
             if rank == 0:
                 if step == 0 and not args.overwrite:  # another run may have saved here meanwhile
                     require(not (out_dir / "ckpt.pt").exists(), HELD.format(out_dir))
-                state = {
-                    "settings": vars(args),
-                    "config": asdict(config),
-                    "code": code,
-                    "vocab": text.vocab,
-                    "text": text.checksum,
-                    "model": model.state_dict(),
-                    "optimizer": optimizer.state_dict(),
-                    "step": step,
-                    "seconds": seconds,
-                    "log": log,
-                }
+                state = {**about, "step": step, "seconds": seconds, "log": log}
+                state |= {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
                 save_run(out_dir, state, improved)
                 tqdm.write(line)  # after saving: it fails if Ctrl-C has ended `| tee`
                 sys.stdout.flush()
@@ -282,9 +267,8 @@ def main(argv=None):
             break
 
         # One step. Batches depend on the seed and the step alone, dropout also on the process. So a
-        # resumed run is the unbroken one.
-        starts = data.random_starts(len(train_ids), args.n_ctx, shape, args.seed, step)
-        x, y = data.windows(train_ids, args.n_ctx, starts[:, rank])
+        # run resumed with the same flags repeats the unbroken one. (hash of integers is not salted.)
+        x, y = get_batch(step)
         torch.manual_seed(hash((args.seed, step, rank)))
 
         for group in optimizer.param_groups:
@@ -312,12 +296,26 @@ def main(argv=None):
         if device.type == "cuda":
             print(f"peak memory {torch.cuda.max_memory_allocated(device) / 1e6:,.0f} MB")
         if step < args.max_iters:
-            print(f"stopped at step {step:,} and saved: --resume continues")
+            print(f"stopped at step {step:,} and saved: --resume --out_dir {out_dir} continues")
         print(f"next: python sample.py --out_dir {out_dir}")
     return 130 if step < args.max_iters else 0
 
 
-def pick_device(name, local_rank=0):
+def note_signals(noted):
+    """The first Ctrl-C or SIGTERM is only put on the list noted. The second ends the process."""
+
+    def note(number, frame):
+        noted.append(number)
+        for each in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(each, signal.SIG_DFL)
+        with contextlib.suppress(OSError):  # Ctrl-C also ends `2>&1 | tee`
+            os.write(2, b"\nstopping after an evaluation; Ctrl-C again to quit now\n")
+
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, note)
+
+
+def pick_device(name):
     if name == "auto":
         name = "cpu"
         if torch.backends.mps.is_available():
@@ -325,11 +323,11 @@ def pick_device(name, local_rank=0):
         if torch.cuda.is_available():
             name = "cuda"
     if name == "cuda":
-        name = f"cuda:{local_rank}"
+        name = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
     try:
         device = torch.device(name)
         torch.zeros((), device=device)
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError) as error:  # Assertion: a torch without CUDA
         reason = str(error).splitlines()[0]
         raise Refused(f"device {name!r} does not work here: {reason}") from None
     if device.type == "cuda":
@@ -338,7 +336,7 @@ def pick_device(name, local_rank=0):
 
 
 def make_optimizer(model, args):
-    """AdamW. Matrices decay; queries and biases do not."""
+    """AdamW; only weight matrices decay, queries and biases do not."""
     matrices, rest = [], []
     for name, p in model.named_parameters():
         if name.endswith(".weight") and p.ndim == 2:
@@ -353,7 +351,7 @@ def make_optimizer(model, args):
 
 
 def lr_scale(args, step):
-    """The learning rate over its peak: linear warm-up, then a cosine down to a tenth."""
+    """The learning rate as a fraction of its peak: linear warm-up, then a cosine to a tenth."""
     if step < args.warmup_iters:
         return (step + 1) / args.warmup_iters
     done = (step - args.warmup_iters) / max(1, args.max_iters - args.warmup_iters)
@@ -361,7 +359,7 @@ def lr_scale(args, step):
 
 
 def add_gradients(network, x, y, autocast):
-    """Add up the gradients of the batches x, y (grad_accum, n, n_ctx). Returns their mean loss."""
+    """Backpropagate the mean loss of the batches x, y (grad_accum, n, n_ctx), and return it."""
     total = 0.0
     for i in range(len(x)):
         if isinstance(network, DistributedDataParallel):  # the processes exchange once a step
@@ -377,7 +375,7 @@ def add_gradients(network, x, y, autocast):
 @torch.no_grad()
 def evaluate(model, x, y, batch_size, autocast):
     """The mean loss, in nats per token, over the windows of all processes. x, y (n, n_ctx) are
-    those of this one."""
+    this process's."""
     model.eval()
     total = torch.zeros((), device=x.device)
     for xs, ys in zip(x.split(batch_size), y.split(batch_size)):
@@ -397,8 +395,8 @@ def mean_over_processes(x):
 
 
 def compile_parts(model):
-    """torch.compile what repeats: the sublayers and the mixing. The loop over the depth stays
-    Python: so 48 layers are never unrolled, and a changed `route` runs as it is."""
+    """torch.compile the sublayers and the mixing. The loop over depth stays Python, so 48 layers are
+    never unrolled, and a changed `route` runs as it is."""
     torch._dynamo.config.recompile_limit = 64  # attnres exceeds the default of 8
     for name in ("mix", "merge", "details"):
         setattr(wav, name, torch.compile(getattr(wav, name)))
@@ -407,10 +405,10 @@ def compile_parts(model):
 
 
 def save_run(out_dir, state, improved):
-    """Write the files of a run. A checkpoint is written aside and renamed when it is whole: a crash
-    leaves the one before."""
+    """Write the files of a run. A checkpoint goes to a .part file, which is then renamed, so a crash
+    leaves the previous one."""
     out_dir.mkdir(parents=True, exist_ok=True)
-    for name in ["best.pt"] * improved + ["ckpt.pt"]:
+    for name in ("best.pt", "ckpt.pt") if improved else ("ckpt.pt",):
         part = out_dir / f"{name}.part"
         with open(part, "wb") as file:
             torch.save(state, file)
@@ -422,7 +420,7 @@ def save_run(out_dir, state, improved):
             writer.writeheader()
             writer.writerows(state["log"])
     except PermissionError as error:  # on Windows, another program holds it open
-        print(f"note: {error}: the next evaluation writes all of it", file=sys.stderr)
+        print(f"note: {error}: the next save writes all of it", file=sys.stderr)
 
 
 def note_changed_code(checkpoint):
@@ -431,14 +429,14 @@ def note_changed_code(checkpoint):
 
 
 def run(main):
-    """Run a script's main. What its user can mend is one line; the rest keeps its traceback."""
+    """Run a script's main. Errors the user can fix are one line; the rest keep their traceback."""
     with contextlib.suppress(AttributeError):  # as in IDLE
         sys.stdout.reconfigure(errors="replace")  # a narrow encoding, as in a pipe on Windows
     try:
         status = main()
         sys.stdout.flush()
         sys.exit(status)
-    except (KeyboardInterrupt, BrokenPipeError):  # Ctrl-C, | head
+    except (KeyboardInterrupt, BrokenPipeError):  # Ctrl-C, | head; exit() would flush again
         os._exit(130)
     except (Refused, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -116,7 +116,7 @@ def column(name, folder="run"):
 
 
 def assert_same_state(one, two):
-    """Two folders hold the same weights and the same optimiser, to the bit."""
+    """Two folders hold the same weights and the same optimizer, to the bit."""
     a, b = read(f"{one}/ckpt.pt"), read(f"{two}/ckpt.pt")
     for part in ("step", "model", "optimizer"):
         torch.testing.assert_close(a[part], b[part], rtol=0, atol=0)
@@ -184,7 +184,7 @@ def test_half_the_batch_and_twice_the_accumulation_go_on_with_the_same_windows(m
 def test_a_signal_saves_and_ends_a_run_and_a_second_ends_it_at_once(monkeypatch, capfd, number):
     stop_during(monkeypatch, 3, number)
     out, _ = said(train, TINY, status=130)
-    stopped = "stopped at step 3 and saved: --resume continues"
+    stopped = "stopped at step 3 and saved: --resume --out_dir run continues"
     assert out.splitlines()[-2:] == [stopped, "next: python sample.py --out_dir run"]
     assert read()["step"] == 3
     assert signal.getsignal(signal.SIGINT) == signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
@@ -218,7 +218,7 @@ def test_a_killed_run_leaves_a_checkpoint_that_resumes():
 
 
 class Slowing(torch.optim.SGD):
-    """Keeps momentum, and in its groups, as schedule-free optimisers do, the number of steps."""
+    """Keeps momentum, and in its groups, as schedule-free optimizers do, the number of steps."""
 
     def step(self):
         for group in self.param_groups:
@@ -384,7 +384,7 @@ def test_a_log_that_another_program_holds_open_does_not_end_the_run(monkeypatch)
     with monkeypatch.context() as patch:
         patch.setattr(train, "open", held, raising=False)
         _, err = said(train, TINY)
-    assert "note: run/log.csv is held open: the next evaluation writes all of it\n" in err
+    assert "note: run/log.csv is held open: the next save writes all of it\n" in err
     go(LONGER)
     assert column("step") == [0, 2, 4, 6]
 
