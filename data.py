@@ -31,8 +31,8 @@ TEXT8 = "https://mattmahoney.net/dc/text8.zip"
 
 
 def vocabulary(text):
-    """The tokens of a text, as a list; an id is a position in it."""
-    return sorted(set(text))
+    """The set of tokens of a text. An id is a place in the sorted list of those of both parts."""
+    return set(text)
 
 
 def encode(text, vocab):
@@ -63,7 +63,7 @@ class Text(NamedTuple):
 def load(dataset, data_dir="data"):
     """A dataset by its name or path, as a Text."""
     train_text, val_text = read(dataset, Path(data_dir))
-    vocab = vocabulary(train_text + val_text)
+    vocab = sorted(vocabulary(train_text) | vocabulary(val_text))
     train, val = encode(train_text, vocab), encode(val_text, vocab)
     if len(vocab) <= 256:
         train, val = train.astype(np.uint8), val.astype(np.uint8)

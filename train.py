@@ -221,7 +221,9 @@ def main(argv=None):
         x, y = get_batch(0)
         add_gradients(model, x[:1], y[:1], autocast)
         model.zero_grad()
-    network = DistributedDataParallel(model) if world > 1 else model
+    network = model
+    if world > 1:
+        network = DistributedDataParallel(model, broadcast_buffers=False)  # they are constants
 
     bar = tqdm(total=args.max_iters, initial=step, unit="step", disable=True if rank else None)
     signals = []  # what has come of Ctrl-C and SIGTERM
@@ -405,14 +407,15 @@ def compile_parts(model):
 
 
 def save_run(out_dir, state, improved):
-    """Write the files of a run. A checkpoint goes to a .part file, which is then renamed, so a crash
-    leaves the previous one."""
+    """Write the files of a run. Checkpoints go to .part files, which are then renamed, so a crash
+    leaves the previous ones."""
     out_dir.mkdir(parents=True, exist_ok=True)
-    for name in ("best.pt", "ckpt.pt") if improved else ("ckpt.pt",):
-        part = out_dir / f"{name}.part"
-        with open(part, "wb") as file:
+    names = ("best.pt", "ckpt.pt") if improved else ("ckpt.pt",)
+    for name in names:
+        with open(out_dir / f"{name}.part", "wb") as file:
             torch.save(state, file)
-        os.replace(part, out_dir / name)
+    for name in names:
+        os.replace(out_dir / f"{name}.part", out_dir / name)
     (out_dir / "settings.json").write_text(json.dumps(state["settings"], indent=1))
     try:
         with open(out_dir / "log.csv", "w", newline="") as file:

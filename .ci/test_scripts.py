@@ -697,7 +697,7 @@ def encode_list(tokens, vocab):
 
 def test_a_fork_to_bytes_is_three_functions_of_data(monkeypatch):
     Path("a.txt").write_text(TEXT + " naïve, 🦊" * 60, "utf-8")
-    monkeypatch.setattr(data, "vocabulary", lambda text: sorted(set(text.encode())))
+    monkeypatch.setattr(data, "vocabulary", lambda text: set(text.encode()))
     monkeypatch.setattr(data, "encode", lambda text, vocab: encode_list(text.encode(), vocab))
     monkeypatch.setattr(data, "decode", lambda ids, vocab: bytes(vocab[i] for i in ids).decode())
     go(TINY)
@@ -709,12 +709,15 @@ def test_a_fork_to_bytes_is_three_functions_of_data(monkeypatch):
 
 
 def test_a_fork_to_words_is_these_functions(monkeypatch):
-    monkeypatch.setattr(data, "vocabulary", lambda text: sorted(set(text.split())))
+    Path("a.txt").write_text(f"{TEXT}end")
+    Path("a_valid.txt").write_text(f"begin {TEXT}")
+    monkeypatch.setattr(data, "vocabulary", lambda text: set(text.split()))
     monkeypatch.setattr(data, "encode", lambda text, vocab: encode_list(text.split(), vocab))
     monkeypatch.setattr(data, "decode", lambda ids, vocab: " ".join(vocab[i] for i in ids))
     go(TINY)
+    assert {"end", "begin"} < {*read()["vocab"]}  # not as one word, where the two parts meet
     text = said(sample, f"{SAMPLE} --prompt 'quick brown'")[0]
-    assert text.startswith("quick brown ") and {*text.split()} < {*TEXT.split()}
+    assert text.startswith("quick brown ") and {*text.split()} < {*read()["vocab"]}
     refused(sample, f"{SAMPLE} --prompt 'quick cat'", "the model never saw")
 
 
