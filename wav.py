@@ -11,17 +11,17 @@ The attention of layer 40 thus reads a sum of 79 terms, all with weight 1. *Atte
 every sublayer weigh the terms: they are attention over depth instead of over the text. The vectors
 that a sublayer can choose from are called its *sources*. It reads a mixture,
 
-    h_l = sum over s of a_s s,    a = softmax over s of ( q_l . RMSNorm(s) + c_s )         (2)
+    h_l = sum over s of a_s s,    a = softmax over s of ( q_l . RMSNorm(s) + c_ls )        (2)
 
 where s runs over its sources and q_l is a learned vector, its *query*. The output head reads such a
 mixture with its own query q_{2L+1}. A source is both a key and a value. As a key, inside the
 softmax, it is normalized, so that none is preferred for being large. As a value it is not, so that
-a plain mean of x_0 and all updates is (1), up to a factor. The bias c_s is 0 except for details,
+a plain mean of x_0 and all updates is (1), up to a factor. The bias c_ls is 0 except for details,
 which come below.
 
-Three *routed* variants work like this. They differ only in their sources. In two of them,
-consecutive layers form *blocks*: the block that sublayer l belongs to is *running*, the blocks
-before it are *finished*.
+Three *routed* variants work like this. They differ only in their sources. In the last two,
+consecutive layers form *blocks*: the one being computed is *running*, those before it are
+*finished*.
 
     attnres         x_0 and every update so far                                            (3)
     block_attnres   x_0, the sum of the updates of each finished block, and the sum so far
@@ -31,26 +31,26 @@ before it are *finished*.
                     phase = attention updates minus MLP updates
                     split = updates of the first half minus those of the second half       (5)
 
-The sum shows a block at a coarse resolution, the details show it at a finer one. A mixture in which
-the sum has the factor w, phase p and split t contains the updates of the block with these factors:
+The sum shows a block at a coarse resolution, the details show it at a finer one. A mixture with
+w sum + p phase + t split contains the updates of the block with these factors:
 
                      attention       MLP
     first half       w + p + t       w - p + t
     second half      w + p - t       w - p - t
 
-Since w, p and t are positive, a mixture can favor attention over MLP in the same half, and the
-first half over the second for the same kind of sublayer, but not the other way round.
+Since w, p and t are positive, attention gets a larger factor than MLP in the same half, and the
+first half a larger one than the second for the same kind of sublayer, never the other way round.
 
 For example, in blocks of two layers (the default at 12 layers), the attention of layer 9 begins the
 fifth block. It reads 13 sources: x_0 and the sum, phase and split of four finished blocks. The MLP
 of layer 9 also reads the sum so far of the fifth.
 
-As a value, a detail much smaller than its block's sum would add almost nothing at a similar weight.
+As a value, a detail much smaller than its block's sum would add almost nothing at the sum's weight.
 So it is scaled to the size of the sum. The source is
 
     g detail,    g = rms(sum) / rms(detail), at most 1000, without gradient                (6)
 
-Each token has its own g: one for all tokens would tell it about later ones. The limit keeps the
+Each token has its own g: a shared one would leak later tokens to earlier ones. The limit keeps the
 rounding errors of fp32 small, though not those of bf16. There is no gradient through g, or else
 reading a detail would train the size of its sum.
 
@@ -59,8 +59,8 @@ at -2 by default, so a detail starts with e^-2 = 0.14 times the weight of a sum.
 zero, so without details every mixture starts as a plain mean: (1) divided by the number of sources.
 Every sublayer, and the head, normalizes what it reads, and this factor drops out: attnres and
 block_attnres start as the standard network, which is known to train well. wav only starts near it:
-with n finished blocks, n sums, x_0 and the sum so far count 1 each and 2n details e^-2 each. So
-details have 2n e^-2 / (n + 2 + 2n e^-2) of the weight: 8 % for n = 1 (12 % where a block begins,
+after n finished blocks, their sums, x_0 and the sum so far count 1 each, the 2n details e^-2 each.
+So details have 2n e^-2 / (n + 2 + 2n e^-2) of the weight: 8 % for n = 1 (12 % where a block begins,
 without a sum so far), and below 22 % for any n.
 
 Shapes: B batch, T time, D width, H heads, V vocabulary, S sublayers in a block, N sources,
@@ -68,7 +68,7 @@ Q queries, K kinds of detail. The text counts sublayers from 1, the code from 0.
 
 References
     WAV v1                    https://arxiv.org/abs/2606.06564v1: (5), (6) with its stopped
-                              gradient, a negative start. Ours: the bias of -2 for that start; in
+                              gradient, details that start low. Ours: a bias of -2 for that; in
                               (6), one g per token and the limit.
     Attention Residuals       https://arxiv.org/abs/2603.15031: (2) to (4), queries at zero, and
                               (7) below, with all queries of a block in one pass
@@ -116,9 +116,9 @@ class GPTConfig:
     n_head: int = 4
     n_embd: int = 128
     residual: str = "wav"
-    # If layers_per_block does not divide n_layer, the last block is shorter: it never finishes, and
-    # only its sum so far is read. In attnres, every update is a source, so layers_per_block changes
-    # only the speed. None: about n_layer / 8, at least 2, and even: split cuts between two layers.
+    # None: about n_layer / 8, at least 2 and even, so that split cuts between two layers. Where it
+    # does not divide n_layer, the last block is shorter: it never finishes, and only its sum so far
+    # is read. In attnres, every update is a source, so layers_per_block changes only the speed.
     layers_per_block: int | None = None
     detail_bias: float = -2.0
     dropout: float = 0.0
@@ -129,7 +129,7 @@ class GPTConfig:
         return 2 * (self.layers_per_block or 2 * max(1, round(self.n_layer / 16)))
 
     def signs(self):
-        """K rows of S signs, one row per kind of detail. Refuses useless ones."""
+        """K rows of S signs, one row per kind of detail. Checks that they offer something new."""
         kinds = DETAILS.get(self.residual, ())
         rows = [[SIGNS[kind](j, self.S) for j in range(self.S)] for kind in kinds]
         setting = f"layers_per_block={self.S // 2}"
@@ -166,12 +166,12 @@ def rms(x):
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=dtype)
     # Only zeros need this floor: a detail may be zero, an update hardly ever. The usual eps of 1e-6
     # under the root would distort: a mean of 97 sources (attnres, 48 layers of width 128) starts
-    # with a mean square of about 1e-7, since that of x_0 is 0.02^2, divided by 97^2.
+    # with a mean square of about 1e-7, of which x_0 gives 0.02^2 / 97^2 = 4e-8.
     return (norm / x.size(-1) ** 0.5).clamp_min(1e-12)
 
 
 def rms_norm(x):
-    """RMSNorm without a gain: the matrix or the query that follows would absorb it."""
+    """RMSNorm without a gain, here and in `mix`: the next matrix or query would absorb it."""
     return (x * (1 / rms(x))).to(x.dtype)
 
 
@@ -256,7 +256,7 @@ def mix(sources, inv_rms, queries, biases=None):
     logits = (sources @ queries.T) * inv_rms  # (N, B, T, Q)
     if biases is not None:
         logits = logits + biases.T[:, None, None]
-    if len(sources) == 1:  # x_0 or a sum so far: nothing to choose, its weight is 1
+    if len(sources) == 1:  # x_0 or a sum so far: nothing to choose, the weight is 1
         ones = torch.ones_like(logits)
         return [sources[0]] * len(queries), logits[0].unbind(-1), ones.unbind(-1)
     lse = logits.logsumexp(0)  # (B, T, Q)
@@ -274,7 +274,7 @@ def merge(h, lse, weights, running, query):
     sources. Returns the mixture of all of them and its weights.
 
     A mixture is the sum of exp(logit) s, divided by Z = exp(lse), the sum of exp(logit). Over two
-    sets of sources both sums add up. So multiply by Z, add, and divide again:
+    sets of sources numerator and Z both add up. So multiply by Z, add, and divide again:
 
         (Z h + Z_run h_run) / (Z + Z_run) = h_run + share (h - h_run)                      (7)
         share = Z / (Z + Z_run) = 1 / (1 + exp(lse_run - lse)) = sigmoid(lse - lse_run)
@@ -290,7 +290,7 @@ def merge(h, lse, weights, running, query):
 def details(signs, updates, total):
     """The scaled details (K, B, T, D) of a finished block, from signs (K, S), updates (S, B, T, D)
     and their sum, total (B, T, D)."""
-    with torch.autocast(total.device.type, enabled=False):  # bf16 is too coarse for differences
+    with torch.autocast(total.device.type, enabled=False):  # keeps differences in fp32
         d = torch.tensordot(signs, updates, 1)  # (5)
     # Where all updates are alike, d is nothing but rounding errors, which must not grow to the size
     # of the sum. For updates in fp32 the limit prevents this, but not where autocast or TF32 has
@@ -330,7 +330,7 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self):
-        """GPT-2's: normal with 0.02, and 0.02 / sqrt(2L) for the matrices that make updates."""
+        """GPT-2's: normal with 0.02, and 0.02 / sqrt(2L) for the matrices that end a sublayer."""
         for name, module in self.named_modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 last = name.endswith(("proj", "down"))
@@ -367,7 +367,7 @@ class GPT(nn.Module):
         finished = x[None]  # their values (N, B, T, D)
         inv_rms = 1 / rms(finished)  # (N, B, T, 1)
         c = self.query.new_zeros(len(self.query), 1)  # their biases for each query (2L+1, N)
-        # One block per iteration. The output's query joins a short last block or gets its own.
+        # One block per iteration. The output's query joins a short last block or comes alone.
         for first in range(0, len(self.query), S):
             queries = self.query[first : first + S]
             hs, lses, weights = mix(finished, inv_rms, queries, c[first : first + S])
@@ -385,8 +385,8 @@ class GPT(nn.Module):
                     running = torch.stack(updates)  # (3)
                 else:
                     running = u[None] if running is None else running + u  # (4)
-            # The block has finished. Only now are its details offered: half way, split still
-            # equals the sum.
+            # The block has finished. Only now are its details offered: until half way, split would
+            # be the sum once more.
             offered = [running]  # `routing` names them in this order
             c = F.pad(c, (0, len(running)))  # 0 for the sum (attnres: for each update)
             if DETAILS[residual]:
