@@ -8,10 +8,15 @@ results.csv has one row per run. `last_loss` is the validation loss after the la
 character on 640 windows; `whole_loss` is the loss on the whole validation text, where it was kept.
 These runs count:
 
-    - Two variants are compared seed by seed, whichever machines the two runs are of.
+    - Seeds 1 to 8: all variants with the learning rate 3e-3, compared seed by seed on last_loss,
+      whichever machines the two runs are of.
+    - Seeds 12 and up: each variant with the best of the rates tried on seed 11 ("screen of rates"),
+      compared on whole_loss; all runs of a seed are of one machine. In 24 blocks, block_attnres has
+      the rate of 8. random_wav is wav, and has its rate, with other SIGNS: in place of phase and
+      split two permutations of six +1 and six -1, drawn with numpy.random.default_rng(seed) until
+      they are orthogonal.
     - A seed counts once. A run whose note begins with "not counted" was repeated on another machine
       (at 12 layers the runs of the Xeon, the repeats count), or differs in what no column shows.
-    - Seeds 1 to 8, unless other seeds are asked for.
 """
 
 import csv
@@ -49,9 +54,9 @@ def losses(variant, layers, column="last_loss", seeds=range(1, 9), **columns):
     """The loss of each run that counts, {seed: loss}. columns: what else a row must have, as in
     steps=3300."""
     wanted = {"dataset": "TinyStories", "steps": 3000, "learning_rate": 3e-3}
-    if variant not in ("standard", "attnres"):  # which have no blocks
-        wanted["blocks"] = BLOCKS.get(layers)
-    wanted |= {"variant": variant, "layers": layers, **columns}
+    wanted |= {"variant": variant, "layers": layers, "blocks": BLOCKS.get(layers), **columns}
+    if variant in ("standard", "attnres"):  # which have no blocks
+        wanted["blocks"] = None
     by_seed = {}
     for row in runs():
         counts = row["seed"] in seeds and not row["note"].startswith("not counted")
@@ -60,6 +65,21 @@ def losses(variant, layers, column="last_loss", seeds=range(1, 9), **columns):
                 raise ValueError(f"two runs count as seed {row['seed']} of {wanted}")
             by_seed[row["seed"]] = row[column]
     return by_seed
+
+
+def best_rate(variant):
+    """The learning rate with the lowest loss, of those tried on seed 11."""
+    screen = [row for row in runs() if row["note"] == "screen of rates"]
+    return min(
+        (row["whole_loss"], row["learning_rate"]) for row in screen if row["variant"] == variant
+    )[1]
+
+
+def tuned(variant, blocks=8):
+    """The losses of the runs at the best rate, {seed: loss}."""
+    rate = best_rate(variant.removeprefix("random_"))
+    seeds = range(12, 99)
+    return losses(variant, 48, "whole_loss", seeds, learning_rate=rate, blocks=blocks)
 
 
 def lead(of, over):
@@ -74,13 +94,13 @@ def interval(by_seed):
 
 
 def draw_results():
-    """WAV's leads with their intervals. Texts, too, are placed in the units of the data."""
+    """WAV's leads, seed by seed, and their intervals. Texts are placed in the units of the data."""
     import matplotlib.pyplot as plt
 
     plt.rcParams.update({"font.size": 16, **STYLE})
-    figure = plt.figure(figsize=(8, 6.8))
-    ax = figure.add_axes((0.3, 0.12, 0.56, 0.76))
-    ax.set(xlim=(-0.041, 0.035), xticks=[-0.02, 0, 0.02], ylim=(10, -0.5), yticks=[])
+    figure = plt.figure(figsize=(8, 8.2))
+    ax = figure.add_axes((0.3, 0.1, 0.56, 0.8))
+    ax.set(xlim=(-0.041, 0.035), xticks=[-0.02, 0, 0.02], ylim=(12.2, -0.5), yticks=[])
     ax.set_xlabel("WAV's lead, nats per character")
     ax.spines[["left", "right", "top"]].set_visible(False)
     ax.axvline(0, color="gray", lw=1.5, zorder=0)
@@ -91,25 +111,30 @@ def draw_results():
     def title(y, text):
         ax.text(-0.08, y, text, weight="bold", va="center")
 
-    def row(y, name, layers, steps=3000):
-        leads = lead(losses("wav", layers), losses(name, layers, steps=steps))
-        mean, half = interval(leads)
-        color = "tab:blue" if steps == 3000 else "chocolate"
-        ax.errorbar(mean, y, xerr=half, fmt="o", color=color, lw=3, capsize=7, ms=11)
-        if steps != 3000:
-            name += f", {steps / 3000:.2f}x"
+    def row(y, name, leads, color="tab:blue"):
+        ax.plot([*leads.values()], [y] * len(leads), "o", color=color, ms=8, alpha=0.5, mew=0)
+        if len(leads) > 2:
+            mean, half = interval(leads)
+            ax.errorbar(mean, y, xerr=half, fmt="d", color=color, lw=3, capsize=7, ms=11)
         ax.text(-0.08, y, name, va="center")
         ax.text(0.052, y, f"{len(leads)} seeds", va="center", ha="right")
 
-    title(0, "48 layers, equal steps")
-    row(1, "block_attnres", 48)
-    row(2, "standard", 48)
-    title(3.7, "48 layers, the other trains longer,\nfor about equal time")
-    row(5, "block_attnres", 48, 3300)
-    row(6, "standard", 48, 4290)
-    title(7.4, "12 layers, equal steps")
-    row(8.4, "block_attnres", 12)
-    row(9.4, "standard", 12)
+    title(0, "48 layers, best learning rates")
+    wav = tuned("wav")
+    row(1, "block_attnres", lead(wav, tuned("block_attnres")))
+    row(2, "… in 24 blocks", lead(wav, tuned("block_attnres", blocks=24)))
+    row(3, "wav, random signs", lead(wav, tuned("random_wav")))
+    row(4, "standard", lead(wav, tuned("standard")))
+    title(5.7, "48 layers, 3e-3, about equal time:\nthe other takes more steps")
+    wav = losses("wav", 48)
+    longer = lead(wav, losses("block_attnres", 48, steps=3300))
+    row(7, "block_attnres, 1.10x", longer, "chocolate")
+    longer = lead(wav, losses("standard", 48, steps=4290))
+    row(8, "standard, 1.43x", longer, "chocolate")
+    title(9.5, "12 layers, 3e-3")
+    wav = losses("wav", 12)
+    row(10.5, "block_attnres", lead(wav, losses("block_attnres", 12)))
+    row(11.5, "standard", lead(wav, losses("standard", 12)))
     figure.savefig(HERE / "results.png", dpi=200)
 
 
@@ -134,13 +159,13 @@ def draw_map(out_dir):
     # page. The colour goes with the square root of the weight, so that small weights differ, too.
     stops = [(0.25, 0.75, 0.5, 0.08), (0.15, 0.65, 0.75, 0.7), (0.2, 0.4, 1, 1)]
     blues = LinearSegmentedColormap.from_list("blues", stops)
-    image = ax.imshow(percent, cmap=blues, norm=PowerNorm(0.5, 0, 100), aspect="auto")
+    image = ax.imshow(percent, cmap=blues, norm=PowerNorm(0.5, 0, 50), aspect="auto")
     ax.set_xticks(range(len(names)), names, rotation=90)
     ax.set_yticks(range(len(readers)), readers)
     ax.xaxis.tick_top()
     ax.tick_params(length=0)
     ax.spines[:].set_visible(False)
-    bar = figure.colorbar(image, format="{x:.0f} %", ticks=[0, 1, 5, 20, 50, 100])
+    bar = figure.colorbar(image, format="{x:.0f} %", ticks=[0, 1, 5, 20, 50], extend="max")
     bar.outline.set_visible(False)
     figure.savefig(HERE / "map.png", dpi=200)
 
