@@ -119,7 +119,7 @@ def draw_results():
         ax.text(-0.08, y, name, va="center")
         ax.text(0.052, y, f"{len(leads)} seeds", va="center", ha="right")
 
-    title(0, "48 layers, screened rates")
+    title(0, "48 layers, best rates")
     wav = tuned("wav")
     row(1, "block_attnres", lead(wav, tuned("block_attnres")))
     row(2, "… in 24 blocks", lead(wav, tuned("block_attnres", blocks=24)))
