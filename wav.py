@@ -38,26 +38,26 @@ w sum + p phase + t split contains the updates of the block with these factors:
     first half       w + p + t       w - p + t
     second half      w + p - t       w - p - t
 
-Since w, p and t are positive, attention gets a larger factor than MLP in the same half, and the
+Softmax weights are positive: attention gets a larger factor than MLP in the same half, and the
 first half a larger one than the second for the same kind of sublayer, never the other way round.
 
 For example, in blocks of two layers (the default at 12 layers), the attention of layer 9 begins the
 fifth block. It reads 13 sources: x_0 and the sum, phase and split of four finished blocks. The MLP
 of layer 9 also reads the sum so far of the fifth.
 
-As a value, a detail much smaller than its block's sum would add almost nothing at the sum's weight.
+Even at the sum's weight, a detail much smaller than the sum would add almost nothing as a value.
 So it is scaled to the size of the sum. The source is
 
     g detail,    g = rms(sum) / rms(detail), at most 1000, without gradient                (6)
 
-Each token has its own g: a shared one would leak later tokens to earlier ones. The limit keeps the
-rounding errors of fp32 small, though not those of bf16. There is no gradient through g, or else
-reading a detail would train the size of its sum.
+Each token has its own g: a shared one would leak later tokens to earlier ones. The limit keeps a
+detail of mere rounding errors small, in fp32 though not in bf16. There is no gradient through g, or
+else reading a detail would train the size of its sum.
 
 Each of the 2L + 1 queries learns one bias per kind of detail, whatever block it reads. It starts
 at -2 by default, so a detail starts with e^-2 = 0.14 times the weight of a sum. Queries start at
 zero, so without details every mixture starts as a plain mean: (1) divided by the number of sources.
-Every sublayer, and the head, normalizes what it reads, and this factor drops out: attnres and
+Every sublayer, and the head, normalizes what it reads, so this factor drops out: attnres and
 block_attnres start as the standard network, which is known to train well. wav only starts near it:
 after n finished blocks, their sums, x_0 and the sum so far count 1 each, the 2n details e^-2 each.
 So details have 2n e^-2 / (n + 2 + 2n e^-2) of the weight: 8 % for n = 1 (12 % where a block begins,
@@ -245,10 +245,10 @@ class MLP(nn.Module):
 def mix(sources, inv_rms, queries, biases=None):
     """Equation (2) for Q queries at once, all with the same N sources.
 
-    sources (N, B, T, D) come with inv_rms = 1 / rms(sources), which need not be computed again for
-    the next block. Queries are (Q, D) and biases (Q, N), or None for zeros. Returns three sequences
-    with an entry per query: its mixture (B, T, D), the log-sum-exp of its logits (B, T), which
-    `merge` needs, and its weights (N, B, T).
+    sources (N, B, T, D) come with inv_rms = 1 / rms(sources), which `route` keeps from block to
+    block. Queries are (Q, D) and biases (Q, N), or None for zeros. Returns three sequences with an
+    entry per query: its mixture (B, T, D), the log-sum-exp of its logits (B, T), which `merge`
+    needs, and its weights (N, B, T).
 
     Under bf16 autocast the two matrix products are bf16, all else is fp32.
     """
@@ -256,7 +256,7 @@ def mix(sources, inv_rms, queries, biases=None):
     logits = (sources @ queries.T) * inv_rms  # (N, B, T, Q)
     if biases is not None:
         logits = logits + biases.T[:, None, None]
-    if len(sources) == 1:  # x_0 or a sum so far: nothing to choose, the weight is 1
+    if len(sources) == 1:  # shortcut: a sole source, x_0 or running, has the weight 1
         ones = torch.ones_like(logits)
         return [sources[0]] * len(queries), logits[0].unbind(-1), ones.unbind(-1)
     lse = logits.logsumexp(0)  # (B, T, Q)
@@ -274,7 +274,7 @@ def merge(h, lse, weights, running, query):
     sources. Returns the mixture of all of them and its weights.
 
     A mixture is the sum of exp(logit) s, divided by Z = exp(lse), the sum of exp(logit). Over two
-    sets of sources numerator and Z both add up. So multiply by Z, add, and divide again:
+    sets of sources, both add up. So multiply by Z, add, and divide again:
 
         (Z h + Z_run h_run) / (Z + Z_run) = h_run + share (h - h_run)                      (7)
         share = Z / (Z + Z_run) = 1 / (1 + exp(lse_run - lse)) = sigmoid(lse - lse_run)
@@ -362,8 +362,8 @@ class GPT(nn.Module):
         If table is a list, the weights of each mixture, (N, B, T), are appended to it.
         """
         S, residual = self.config.S, self.config.residual
-        # The finished sources, at first only x_0. They never change, so a block that finishes only
-        # appends its own to all three:
+        # The finished sources, at first only x_0, as three tensors. A block that finishes only
+        # appends to each:
         finished = x[None]  # their values (N, B, T, D)
         inv_rms = 1 / rms(finished)  # (N, B, T, 1)
         c = self.query.new_zeros(len(self.query), 1)  # their biases for each query (2L+1, N)
