@@ -298,7 +298,8 @@ def main(argv=None):
         if device.type == "cuda":
             print(f"peak memory {torch.cuda.max_memory_allocated(device) / 1e6:,.0f} MB")
         if step < args.max_iters:
-            print(f"stopped at step {step:,} and saved: --resume --out_dir {out_dir} continues")
+            print(f"stopped at step {step:,} and saved")
+            print(f"to continue: python train.py --resume --out_dir {out_dir}")
         print(f"next: python sample.py --out_dir {out_dir}")
     return 130 if step < args.max_iters else 0
 
@@ -439,7 +440,7 @@ def run(main):
         status = main()
         sys.stdout.flush()
         sys.exit(status)
-    except (KeyboardInterrupt, BrokenPipeError):  # Ctrl-C, | head; exit() would flush again
+    except (KeyboardInterrupt, BrokenPipeError):  # Ctrl-C, | head: exit() would flush again
         os._exit(130)
     except (Refused, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -90,9 +90,7 @@ def test_the_best_rates():
 
 
 def test_leads_by_depth():
-    pattern = (
-        r"is ([\d.]+) at 12 layers \(in 2 blocks ([-\d.]+)\) and ([\d.]+) at 48 \(in the paper"
-    )
+    pattern = r"is ([\d.]+) at 12 layers \(in 2 blocks ([-\d.]+)\) and ([\d.]+) at 48"
     (shown,) = re.findall(pattern, README)
     leads = [lead(losses("wav", 12), losses("block_attnres", 12))]
     leads += [lead(losses("wav", 12, blocks=2), losses("block_attnres", 12, blocks=2))]

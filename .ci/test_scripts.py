@@ -184,8 +184,11 @@ def test_half_the_batch_and_twice_the_accumulation_go_on_with_the_same_windows(m
 def test_a_signal_saves_and_ends_a_run_and_a_second_ends_it_at_once(monkeypatch, capfd, number):
     stop_during(monkeypatch, 3, number)
     out, _ = said(train, TINY, status=130)
-    stopped = "stopped at step 3 and saved: --resume --out_dir run continues"
-    assert out.splitlines()[-2:] == [stopped, "next: python sample.py --out_dir run"]
+    assert out.splitlines()[-3:] == [
+        "stopped at step 3 and saved",
+        "to continue: python train.py --resume --out_dir run",
+        "next: python sample.py --out_dir run",
+    ]
     assert read()["step"] == 3
     assert signal.getsignal(signal.SIGINT) == signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     assert "again to quit now" in capfd.readouterr().err

@@ -70,9 +70,8 @@ def losses(variant, layers, column="last_loss", seeds=range(1, 9), **columns):
 def best_rate(variant):
     """The learning rate with the lowest loss, of those tried on seed 11."""
     screen = [row for row in runs() if row["note"] == "screen of rates"]
-    return min(
-        (row["whole_loss"], row["learning_rate"]) for row in screen if row["variant"] == variant
-    )[1]
+    loss = {row["learning_rate"]: row["whole_loss"] for row in screen if row["variant"] == variant}
+    return min(loss, key=loss.get)
 
 
 def tuned(variant, blocks=8):
