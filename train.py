@@ -221,9 +221,7 @@ def main(argv=None):
         x, y = get_batch(0)
         add_gradients(model, x[:1], y[:1], autocast)
         model.zero_grad()
-    network = model
-    if world > 1:
-        network = DistributedDataParallel(model, broadcast_buffers=False)  # they are constants
+    network = DistributedDataParallel(model) if world > 1 else model
 
     bar = tqdm(total=args.max_iters, initial=step, unit="step", disable=True if rank else None)
     signals = []  # what has come of Ctrl-C and SIGTERM
